@@ -1,0 +1,120 @@
+"""AtlasConfig: one tree of frozen dataclasses, one YAML. `AtlasConfig()` needs no argument."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+DRAFTER_NAMES = ("suffix",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Expert settings of the rollout engine."""
+
+    block_size: int = 16
+    """Tokens per KV block."""
+    kv_memory_gib: float | None = None
+    """Upper bound of the KV cache in GiB; None takes half of the memory that is free when a rollout starts."""
+    max_num_seqs: int = 256
+    """Sequences that decode at once; the others wait."""
+    max_prefill_tokens: int = 2048
+    """Prompt tokens per prefill forward; longer prompts are prefilled in chunks."""
+    pack_linears: bool = True
+    """On CPU, in float32: pack the Linear weights for few-row products (one extra copy of them)."""
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_num_seqs", "max_prefill_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"engine.{name} must be at least 1, got {getattr(self, name)}")
+        if self.kv_memory_gib is not None and self.kv_memory_gib <= 0:
+            raise ValueError(f"engine.kv_memory_gib must be positive, or null for automatic, got {self.kv_memory_gib}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AtlasConfig:
+    """What a user may set. Every default is meant to be left alone."""
+
+    speculate: bool = True
+    """False: plain decoding by the same engine. The tokens are the same either way."""
+    drafters: str | tuple[str, ...] = "auto"
+    """`auto`, or the names of the drafters to use."""
+    lookahead: int | None = None
+    """Draft tokens per step; None follows the drafter's own confidence and the measured step times."""
+    deterministic: bool = False
+    """Take every decision from counts, never from clocks, so that a resumed run repeats an uninterrupted one."""
+    log_path: str | None = None
+    """Where `rollouts.jsonl` goes; None puts it into the trainer's output_dir (nowhere for a bare model)."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        if self.lookahead is not None and self.lookahead < 0:
+            raise ValueError(f"lookahead must be null (automatic), 0 (off) or positive, got {self.lookahead}")
+        if self.drafters == "auto":
+            return
+        names = (self.drafters,) if isinstance(self.drafters, str) else tuple(self.drafters)
+        unknown = [name for name in names if name not in DRAFTER_NAMES]
+        if unknown or not names:
+            raise ValueError(f"drafters names {unknown or 'nothing'}: give 'auto' or some of {', '.join(DRAFTER_NAMES)}")
+        object.__setattr__(self, "drafters", names)
+
+    @property
+    def drafter_names(self) -> tuple[str, ...]:
+        """The drafters to build; empty when speculation is off."""
+        if not self.speculate or self.lookahead == 0:
+            return ()
+        return DRAFTER_NAMES if self.drafters == "auto" else self.drafters
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any] | None) -> AtlasConfig:
+        """Build from nested plain values; a `ValueError` names an unknown field, or a value of the wrong type."""
+        return _build(cls, values or {}, prefix="")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> AtlasConfig:
+        """Read the YAML that `to_yaml` writes."""
+        return cls.from_dict(read_yaml(path))
+
+    def to_yaml(self, path: str | Path) -> None:
+        import yaml
+
+        values = asdict(self)
+        if isinstance(self.drafters, tuple):
+            values["drafters"] = list(self.drafters)
+        Path(path).write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; a `ValueError` says what is wrong with it, and where."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"config file {path} does not exist: check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"config file {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"config file {path} is not valid YAML: {error}") from None
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(f"config file {path} must hold `field: value` lines, not a {type(values).__name__}")
+    return values or {}
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    """Dataclass from plain values, recursively. dacite checks types; this adds field names to its messages."""
+    import dacite
+
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix.rstrip('.') or 'atlas'} must be a mapping of fields, got {values!r}")
+    known = {f.name for f in fields(cls)}
+    for name in values:
+        if name not in known:
+            raise ValueError(f"unknown field {prefix}{name}: known are {', '.join(sorted(known))}")
+    hints = get_type_hints(cls)
+    built = {k: _build(hints[k], v, f"{prefix}{k}.") if is_dataclass(hints[k]) else v for k, v in values.items()}
+    try:
+        return dacite.from_dict(cls, built, config=dacite.Config(cast=[tuple], type_hooks={float: float}))
+    except dacite.DaciteError as error:
+        raise ValueError(f"{prefix}{error}") from None

@@ -1,0 +1,1 @@
+"""Decisions from numbers: step times, expected gains. No tensors here."""

@@ -1,0 +1,51 @@
+"""The protocol between the engine and every drafter.
+
+A drafter is never trusted: the engine accepts a draft token only where the policy itself emits it (law 1), clips drafts to the
+lengths it asked for, and benches a drafter that raises.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol, Sequence
+
+
+class DraftRow(Protocol):
+    """What a drafter may know of a running sequence."""
+
+    row_id: int
+    """Unique over the life of the engine."""
+    prompt_ids: tuple[int, ...]
+    output_ids: list[int]
+    """The completion so far; the engine appends to it, drafters only read."""
+
+
+class Draft(NamedTuple):
+    """Guessed continuation of one row."""
+
+    token_ids: list[int]
+    """May be empty."""
+    probs: list[float]
+    """probs[i]: estimated probability that tokens 0..i are all accepted; non-increasing, so their sum is the expected gain in tokens."""
+
+
+NO_DRAFT = Draft([], [])
+
+
+class Drafter(Protocol):
+    name: str
+
+    def admit(self, rows: Sequence[DraftRow]) -> None:
+        """Rows start decoding; after a preemption `output_ids` is not empty."""
+
+    def propose(self, rows: Sequence[DraftRow], max_lens: Sequence[int]) -> list[Draft]:
+        """One draft per row, of at most `max_lens[i]` tokens (0: none wanted)."""
+
+    def observe(self, rows: Sequence[DraftRow], num_drafted: Sequence[int], num_accepted: Sequence[int]) -> None:
+        """A step is done: `output_ids` of each row has grown by at least one token; of the `num_drafted[i]` verified draft
+        tokens (a prefix of what was proposed, maybe none of it) the first `num_accepted[i]` were right."""
+
+    def release(self, rows: Sequence[DraftRow], finished: bool) -> None:
+        """Rows leave: finished, or else preempted or aborted (a preempted row is admitted again)."""
+
+    def policy_updated(self) -> None:
+        """The policy's weights have changed; what was learned from older rollouts is worth less now."""

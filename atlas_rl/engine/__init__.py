@@ -1,0 +1,1 @@
+"""The rollout engine: prompts in, completions out."""

@@ -1,0 +1,68 @@
+"""The attention function that the policy's twin runs with, registered with transformers under the name `atlas`.
+
+It writes the new keys and values into the paged cache and attends over each row's block table. The batch arrives as the keyword
+`atlas` of the model call, which transformers hands down to every attention layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from atlas_rl.engine.batch import ForwardBatch
+
+NAME = "atlas"
+
+
+def atlas_attention(
+    module: torch.nn.Module,
+    query_1HND: torch.Tensor,
+    key_1HND: torch.Tensor,
+    value_1HND: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    atlas: ForwardBatch,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """softmax(scaling * Q K^T [soft-capped] + mask) V over the row's own KV. Returns [1, N, H, D]."""
+    layer = module.layer_idx
+    atlas.kv_cache.store(layer, atlas.slots_N, key_1HND[0].transpose(0, 1), value_1HND[0].transpose(0, 1))
+    keys_RSHD, values_RSHD = atlas.kv_cache.gather(layer, atlas.blocks_RM)
+    query_RQHD = atlas.pad_queries(query_1HND[0].transpose(0, 1)).to(keys_RSHD.dtype)
+    mask = atlas.mask(sliding_window, keys_RSHD.dtype)
+    output_RQHD = _attend(query_RQHD, keys_RSHD, values_RSHD, mask, scaling, softcap)
+    return atlas.unpad(output_RQHD).unsqueeze(0), None
+
+
+def _attend(
+    query_RQHD: torch.Tensor,
+    keys_RSHD: torch.Tensor,
+    values_RSHD: torch.Tensor,
+    mask_R1QS: torch.Tensor,
+    scaling: float | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """The query heads that share a KV head are stacked along Q, so that keys and values are never repeated."""
+    num_rows, query_len, num_heads, head_dim = query_RQHD.shape
+    num_kv_heads = keys_RSHD.shape[2]
+    groups = num_heads // num_kv_heads
+    query = query_RQHD.view(num_rows, query_len, num_kv_heads, groups, head_dim).permute(0, 2, 3, 1, 4)
+    query = query.reshape(num_rows, num_kv_heads, groups * query_len, head_dim)
+    mask = mask_R1QS.repeat(1, 1, groups, 1) if groups > 1 else mask_R1QS
+    keys, values = keys_RSHD.transpose(1, 2), values_RSHD.transpose(1, 2)
+    if softcap is None:
+        output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
+    else:
+        scores = torch.tanh(query @ keys.transpose(-1, -2) * (scaling / softcap)) * softcap + mask
+        output = scores.softmax(-1, dtype=torch.float32 if scores.dtype.itemsize < 4 else None).to(query.dtype) @ values
+    output = output.view(num_rows, num_kv_heads, groups, query_len, -1).permute(0, 3, 1, 2, 4)
+    return output.reshape(num_rows, query_len, num_heads, -1)
+
+
+AttentionInterface.register(NAME, atlas_attention)

@@ -1,0 +1,111 @@
+"""ForwardBatch: every tensor one forward needs, passed as an argument, never a module global.
+
+Shapes: N tokens of all rows back to back, R rows, Q the largest query length, M blocks, S = M * block_size KV slots per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from atlas_rl.engine.kv_cache import KVCache
+
+
+@dataclass(slots=True, kw_only=True)
+class ForwardBatch:
+    kv_cache: KVCache
+    input_ids_N: torch.Tensor
+    positions_N: torch.Tensor
+    slots_N: torch.Tensor
+    """KV slot that each token's key and value go to."""
+    blocks_RM: torch.Tensor
+    query_lens: np.ndarray
+    """[R] tokens of each row in this forward."""
+    max_query_len: int
+    padded_positions_RQ: torch.Tensor
+    """Positions by row; a row's padding repeats its last one."""
+    padded_index_N: torch.Tensor | None
+    """Place of each token among R * Q padded ones; None where no row is padded."""
+    masks: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def build(
+        cls,
+        kv_cache: KVCache,
+        token_ids: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        block_tables: Sequence[list[int]],
+    ) -> ForwardBatch:
+        """Rows of tokens; row r sits at positions starts[r], starts[r] + 1, … and finds its KV in block_tables[r]."""
+        device = kv_cache.keys_LNSHD.device
+        block_size = kv_cache.shape.block_size
+        query_lens = np.fromiter(map(len, token_ids), np.int64, len(token_ids))
+        start_R = np.fromiter(starts, np.int64, len(token_ids))
+        max_query_len = int(query_lens.max())
+        num_blocks = -(-int((start_R + query_lens).max()) // block_size)
+        blocks_RM = np.zeros((len(token_ids), num_blocks), np.int64)  # block 0 pads: always masked
+        for row, table in enumerate(block_tables):
+            blocks_RM[row, : len(table)] = table[:num_blocks]
+
+        offsets_Q = np.arange(max_query_len)
+        padded_RQ = start_R[:, None] + np.minimum(offsets_Q, query_lens[:, None] - 1)
+        is_token_RQ = offsets_Q < query_lens[:, None]
+        ragged = not is_token_RQ.all()
+        rows_N = np.repeat(np.arange(len(token_ids)), query_lens)
+        positions_N = padded_RQ[is_token_RQ]
+        slots_N = blocks_RM[rows_N, positions_N // block_size] * block_size + positions_N % block_size
+        flat_ids = np.fromiter((token for row in token_ids for token in row), np.int64, int(query_lens.sum()))
+
+        def to_device(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array).to(device, non_blocking=True)
+
+        return cls(
+            kv_cache=kv_cache,
+            input_ids_N=to_device(flat_ids),
+            positions_N=to_device(positions_N),
+            slots_N=to_device(slots_N),
+            blocks_RM=to_device(blocks_RM),
+            query_lens=query_lens,
+            max_query_len=max_query_len,
+            padded_positions_RQ=to_device(padded_RQ),
+            padded_index_N=to_device(np.flatnonzero(is_token_RQ)) if ragged else None,
+        )
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.query_lens)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids_N)
+
+    def mask(self, sliding_window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """Additive causal mask [R, 1, Q, S], built once per forward for all layers of one kind."""
+        key = (sliding_window, dtype)
+        if key not in self.masks:
+            num_slots = self.blocks_RM.shape[1] * self.kv_cache.shape.block_size
+            slots_S = torch.arange(num_slots, device=self.positions_N.device)
+            distance_RQS = self.padded_positions_RQ[:, :, None] - slots_S
+            hidden = distance_RQS < 0
+            if sliding_window is not None:
+                hidden |= distance_RQS >= sliding_window
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+            self.masks[key] = mask[:, None]
+        return self.masks[key]
+
+    def pad_queries(self, query_NHD: torch.Tensor) -> torch.Tensor:
+        """[N, H, D] -> [R, Q, H, D]."""
+        dims = (self.num_rows, self.max_query_len, *query_NHD.shape[1:])
+        if self.padded_index_N is None:
+            return query_NHD.reshape(dims)
+        padded = query_NHD.new_zeros(dims)
+        padded.flatten(0, 1).index_copy_(0, self.padded_index_N, query_NHD)
+        return padded
+
+    def unpad(self, output_RQHD: torch.Tensor) -> torch.Tensor:
+        """[R, Q, H, D] -> [N, H, D]."""
+        flat = output_RQHD.flatten(0, 1)
+        return flat if self.padded_index_N is None else flat.index_select(0, self.padded_index_N)

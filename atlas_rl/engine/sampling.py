@@ -1,0 +1,121 @@
+"""Coupled sampling and verification.
+
+Every (seed, position, token id) owns one Gumbel noise value g, and the policy's token is argmax(log p / T + g) over the tokens
+that the filters keep: a sample of the softmax (the Gumbel-max trick) that depends on nothing but weights, prompt and seed. A draft
+is right where it equals that token, so verification is a prefix match, and no drafter or lookahead can change a completion
+(drafter-invariant speculative decoding, Daliri, Musco, Suresh, arXiv 2408.07978).
+
+Shapes: N tokens of all rows back to back, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from atlas_kernels import gumbel_noise
+
+from atlas_rl.types import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingBatch:
+    """What the logits of N places are sampled with."""
+
+    params: SamplingParams
+    seeds_N: torch.Tensor
+    positions_N: torch.Tensor
+    """Index in the completion of the token to draw."""
+    seen_NV: torch.Tensor | None = None
+    """Tokens before each place, for the repetition penalty; None where there is no penalty."""
+
+
+def sample(logits_NV: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token per row: token ids [N] int64, and their log softmax(logits / T) over the full vocabulary [N].
+
+    A row of logits that holds NaN or +inf gets the log-prob NaN, whatever its token. `logits_NV` may be overwritten.
+    """
+    params = batch.params
+    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    temperature = 1.0 if params.is_greedy else params.temperature
+    scaled_NV = logits_NV if temperature == 1 else logits_NV / temperature
+    log_norm_N = scaled_NV.logsumexp(-1)
+    scores_NV = filter_scores(logits_NV, scaled_NV, batch)
+    if not params.is_greedy:
+        noise_NV = gumbel_noise(batch.seeds_N, batch.positions_N, logits_NV.shape[1], logits_NV.dtype)
+        scores_NV = noise_NV.add_(scores_NV)
+    tokens_N = scores_NV.argmax(-1)
+    return tokens_N, scaled_NV.gather(-1, tokens_N[:, None])[:, 0] - log_norm_N
+
+
+def filter_scores(logits_NV: torch.Tensor, scaled_NV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """The scores that tokens compete with: logits / T after penalty and filters, -inf where a token is dropped.
+
+    Same order and same boundaries as transformers' logits processors. Returns `scaled_NV` itself where nothing is to do.
+    """
+    params = batch.params
+    scores = scaled_NV
+    if params.repetition_penalty != 1:
+        penalty = params.repetition_penalty
+        penalised = torch.where(scaled_NV < 0, scaled_NV * penalty, scaled_NV / penalty)
+        scores = torch.where(batch.seen_NV, penalised, scores)
+    stopping_ids = sorted({*params.eos_token_ids, *params.stop_token_ids})
+    if params.min_new_tokens and stopping_ids:
+        too_early_N = batch.positions_N < params.min_new_tokens
+        forbidden_NV = torch.zeros_like(scores, dtype=torch.bool)
+        forbidden_NV[:, stopping_ids] = too_early_N[:, None]
+        scores = scores.masked_fill(forbidden_NV, -torch.inf)
+    if params.is_greedy:
+        return scores
+    if params.top_k:
+        kth = scores.topk(min(params.top_k, scores.shape[-1])).values[:, -1:]
+        scores = scores.masked_fill(scores < kth, -torch.inf)
+    if params.top_p < 1:
+        scores = scores.masked_fill(_outside_top_p(scores, params.top_p), -torch.inf)
+    if params.min_p:
+        probs = scores.softmax(-1)
+        scores = scores.masked_fill(probs < params.min_p * probs.amax(-1, keepdim=True), -torch.inf)
+    return scores
+
+
+def _outside_top_p(scores_NV: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Mask of the tokens beyond the smallest set whose probability reaches `top_p`; the most probable one always stays."""
+    sorted_scores, order = scores_NV.sort(-1, stable=True)
+    drop = sorted_scores.softmax(-1).cumsum(-1) <= 1 - top_p
+    drop[:, -1] = False
+    return torch.zeros_like(drop).scatter_(-1, order, drop)
+
+
+def seen_tokens(seen_RV: torch.Tensor, query_lens: np.ndarray, input_ids_N: torch.Tensor) -> torch.Tensor:
+    """Tokens before each of N places: those of its row, and the draft tokens between the row's end and the place.
+
+    seen_RV holds each row's own tokens, its last one included; input_ids_N are that last token and the drafts.
+    """
+    seen_NV = seen_RV.repeat_interleave(torch.from_numpy(query_lens).to(seen_RV.device), dim=0)
+    starts = np.repeat(np.cumsum(query_lens) - query_lens, query_lens)
+    depth_N = np.arange(len(starts)) - starts
+    for depth in range(1, int(depth_N.max(initial=0)) + 1):
+        for later in range(depth, int(depth_N.max()) + 1):
+            places = np.flatnonzero(depth_N == later)
+            seen_NV[places, input_ids_N[places - later + depth]] = True
+    return seen_NV
+
+
+def count_accepted(tokens: np.ndarray, input_ids: np.ndarray, query_lens: np.ndarray) -> np.ndarray:
+    """Length of each row's right draft prefix.
+
+    Args:
+        tokens: [N] what the policy drew after each place. input_ids: [N] per row its last token, then its draft.
+        query_lens: [R], 1 + draft length.
+    Returns:
+        [R] accepted draft tokens; row r emits one more: the token drawn after the last right one.
+    """
+    ends = np.cumsum(query_lens)
+    # a row's last place has no draft token after it: a mismatch there ends every run of matches within its row
+    wrong = np.ones(len(tokens), bool)
+    wrong[:-1] = tokens[:-1] != input_ids[1:]
+    wrong[ends - 1] = True
+    wrong_places = np.flatnonzero(wrong)
+    starts = ends - query_lens
+    return wrong_places[np.searchsorted(wrong_places, starts)] - starts

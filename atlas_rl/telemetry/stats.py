@@ -1,0 +1,101 @@
+"""The figures of one rollout (one generate call), and their sums over an optimizer step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any, Iterable
+
+
+@dataclass(slots=True, kw_only=True)
+class DrafterStats:
+    steps: int = 0
+    """Verify steps in which this drafter had a token verified."""
+    proposed: int = 0
+    """Draft tokens verified."""
+    accepted: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class RolloutStats:
+    num_prompts: int = 0
+    num_completions: int = 0
+    prompt_tokens: int = 0
+    """Each distinct prompt counted once: it is prefilled once."""
+    completion_tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """`total` and its parts: prefill, draft, verify, sample, refresh, calibrate."""
+    decode_steps: int = 0
+    row_steps: int = 0
+    """Sum over decode steps of the rows that took part."""
+    proposed_by_depth: list[int] = field(default_factory=list)
+    accepted_by_depth: list[int] = field(default_factory=list)
+    drafters: dict[str, DrafterStats] = field(default_factory=dict)
+    preemptions: int = 0
+    kv_peak_bytes: int = 0
+    plain_seconds_estimate: float | None = None
+    """What the same completions would have cost without drafts, from the step times measured in this rollout."""
+
+    @classmethod
+    def total(cls, parts: Iterable[RolloutStats]) -> RolloutStats:
+        """Sums of several rollouts; the KV peak is their maximum."""
+        result = cls()
+        estimates: list[float | None] = []
+        for part in parts:
+            for name in ("num_prompts", "num_completions", "prompt_tokens", "completion_tokens", "decode_steps", "row_steps", "preemptions"):
+                setattr(result, name, getattr(result, name) + getattr(part, name))
+            for name, seconds in part.seconds.items():
+                result.seconds[name] += seconds
+            result.add_depths(part.proposed_by_depth, part.accepted_by_depth)
+            for name, counts in part.drafters.items():
+                mine = result.drafters.setdefault(name, DrafterStats())
+                mine.steps += counts.steps
+                mine.proposed += counts.proposed
+                mine.accepted += counts.accepted
+            result.kv_peak_bytes = max(result.kv_peak_bytes, part.kv_peak_bytes)
+            estimates.append(part.plain_seconds_estimate)
+        if estimates and None not in estimates:
+            result.plain_seconds_estimate = sum(estimates)
+        return result
+
+    def add_depths(self, proposed: list[int], accepted: list[int]) -> None:
+        missing = len(proposed) - len(self.proposed_by_depth)
+        self.proposed_by_depth += [0] * missing
+        self.accepted_by_depth += [0] * missing
+        for depth, (num_proposed, num_accepted) in enumerate(zip(proposed, accepted)):
+            self.proposed_by_depth[depth] += num_proposed
+            self.accepted_by_depth[depth] += num_accepted
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of a `rollouts.jsonl` row. A figure that has no meaning for this rollout is absent."""
+        total = self.seconds["total"]
+        row: dict[str, Any] = {
+            "num_prompts": self.num_prompts,
+            "num_completions": self.num_completions,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "seconds": {name: round(seconds, 6) for name, seconds in self.seconds.items()},
+            "decode_steps": self.decode_steps,
+            "preemptions": self.preemptions,
+            "kv_peak_bytes": self.kv_peak_bytes,
+        }
+        if total > 0:
+            row["tokens_per_s"] = self.completion_tokens / total
+        if self.row_steps:
+            row["tokens_per_decode_step"] = self.completion_tokens / self.row_steps
+        if any(self.proposed_by_depth):
+            pairs = zip(self.accepted_by_depth, self.proposed_by_depth)
+            row["acceptance_by_depth"] = [accepted / proposed for accepted, proposed in pairs if proposed]
+        if self.drafters:
+            row["drafters"] = {name: _drafter_row(counts) for name, counts in self.drafters.items()}
+        if self.plain_seconds_estimate is not None and total > 0:
+            row["plain_tokens_per_s_estimate"] = self.completion_tokens / self.plain_seconds_estimate
+            row["speedup_estimate"] = self.plain_seconds_estimate / total
+        return row
+
+
+def _drafter_row(counts: DrafterStats) -> dict[str, float]:
+    row: dict[str, float] = {"steps": counts.steps, "proposed": counts.proposed, "accepted": counts.accepted}
+    if counts.proposed:
+        row["acceptance"] = counts.accepted / counts.proposed
+    return row

@@ -1,0 +1,126 @@
+"""The end of a run in one table: what the rollouts cost, what speculation bought, whether the policy got better."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """Figures of one run. None: the run has no such figure (no drafts were made, one step only, …)."""
+
+    log_path: Path
+    num_rollouts: int
+    """Calls of generate."""
+    completions: int
+    tokens: int
+    tokens_per_s: float | None
+    speedup: float | None
+    acceptance: float | None
+    tokens_per_decode_step: float | None
+    rollout_share: float | None
+    num_steps: int
+    reward_first: float | None
+    """Mean over the first fifth of the logged steps."""
+    reward_last: float | None
+
+    def to_table(self) -> Table:
+        from rich.table import Table
+
+        table = Table(title="Rollouts of this run", title_justify="left", show_header=False, padding=(0, 1))
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(justify="right", no_wrap=True)
+        table.add_column(style="dim")
+        for row in self._rows():
+            table.add_row(*row)
+        return table
+
+    def _rows(self) -> Iterable[tuple[str, str, str]]:
+        if not self.num_rollouts:
+            yield "rollouts", "none", "Atlas made no rollout; the lines above say why"
+            return
+        yield "completions", f"{self.completions:,}", f"{self.tokens:,} tokens in {self.num_rollouts:,} generate calls"
+        if self.tokens_per_s is not None:
+            yield "tokens per second", f"{self.tokens_per_s:,.0f}", "new tokens, all costs of the rollouts counted"
+        if self.speedup is not None:
+            about = "times faster than the same engine without drafts (from step times measured in this run)"
+            yield "speed-up", f"{self.speedup:.2f}x", about
+        if self.acceptance is not None:
+            yield (
+                "draft acceptance",
+                f"{self.acceptance:.0%}",
+                "drafted tokens that the policy itself would have chosen",
+            )
+        if self.tokens_per_decode_step is not None:
+            yield "tokens per decode step", f"{self.tokens_per_decode_step:.2f}", "per sequence; 1 without drafts"
+        if self.rollout_share is not None:
+            yield "share of the step", f"{self.rollout_share:.0%}", "of training time goes into rollouts"
+        if self.reward_first is not None:
+            change = f"{self.reward_first:.3f} → {self.reward_last:.3f}"
+            yield "reward", change, f"first and last fifth of {self.num_steps:,} logged steps"
+        yield "log", "", str(self.log_path)
+
+
+def summarize_run(log_path: str | Path, log_history: list[dict[str, Any]]) -> RunSummary:
+    """From `rollouts.jsonl` (which may not exist: then no rollout was made) and the trainer's `state.log_history`."""
+    path = Path(log_path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rollouts = [row for row in rows if row["kind"] == "rollout"]
+    timed = [row for row in rows if row["kind"] == "step" and "step_seconds" in row]
+    tokens = sum(row["completion_tokens"] for row in rollouts)
+    rewards = [entry["reward"] for entry in log_history if "reward" in entry]
+    fifth = max(1, len(rewards) // 5)
+    return RunSummary(
+        log_path=path,
+        num_rollouts=len(rollouts),
+        completions=sum(row["num_completions"] for row in rollouts),
+        tokens=tokens,
+        tokens_per_s=_ratio(tokens, _slowest_rank_seconds(rollouts)),
+        speedup=_speedup(rollouts),
+        acceptance=_acceptance(rollouts),
+        tokens_per_decode_step=_tokens_per_decode_step(rollouts),
+        rollout_share=_ratio(sum(row["seconds"]["total"] for row in timed), sum(row["step_seconds"] for row in timed)),
+        num_steps=len(rewards),
+        reward_first=sum(rewards[:fifth]) / fifth if len(rewards) > 1 else None,
+        reward_last=sum(rewards[-fifth:]) / fifth if len(rewards) > 1 else None,
+    )
+
+
+def _slowest_rank_seconds(rollouts: list[dict[str, Any]]) -> float:
+    """Ranks make their rollouts at the same time, and wait for the slowest."""
+    seconds: dict[int, float] = defaultdict(float)
+    for row in rollouts:
+        seconds[row["rank"]] += row["seconds"]["total"]
+    return max(seconds.values(), default=0.0)
+
+
+def _speedup(rollouts: list[dict[str, Any]]) -> float | None:
+    """Seconds that plain decoding would have taken over seconds taken, so that long rollouts count for more."""
+    pairs = [(row["speedup_estimate"], row["seconds"]["total"]) for row in rollouts if "speedup_estimate" in row]
+    return _ratio(sum(speedup * seconds for speedup, seconds in pairs), sum(seconds for _, seconds in pairs))
+
+
+def _acceptance(rollouts: list[dict[str, Any]]) -> float | None:
+    drafters = [counts for row in rollouts for counts in row.get("drafters", {}).values()]
+    return _ratio(sum(counts["accepted"] for counts in drafters), sum(counts["proposed"] for counts in drafters))
+
+
+def _tokens_per_decode_step(rollouts: list[dict[str, Any]]) -> float | None:
+    pairs = [
+        (row["completion_tokens"], row["completion_tokens"] / row["tokens_per_decode_step"])
+        for row in rollouts
+        if row.get("tokens_per_decode_step")
+    ]
+    return _ratio(sum(tokens for tokens, _ in pairs), sum(row_steps for _, row_steps in pairs))
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
