@@ -50,6 +50,8 @@ class RolloutEngine:
         self.scheduler: Scheduler | None = None
         self.runner: ModelRunner | None = None
         self.num_rows = 0
+        self.unbilled_seconds = 0.0
+        """What building the view took: the next rollout's time, counted as its refresh."""
 
     def refresh(self) -> None:
         """Take over the trainer's weights if they have changed since the last rollout."""
@@ -69,7 +71,8 @@ class RolloutEngine:
         self.stats = RolloutStats(num_completions=len(requests))
         if not requests:
             return []
-        start = time.perf_counter()
+        start = time.perf_counter() - self.unbilled_seconds
+        self.unbilled_seconds = 0.0
         requests = self._checked(requests)
         sequences = self._make_sequences(requests, sampling)
         groups = self._group(sequences)

@@ -81,7 +81,7 @@ def filter_scores(logits_NV: torch.Tensor, scaled_NV: torch.Tensor, batch: Sampl
 
 def _outside_top_p(scores_NV: torch.Tensor, top_p: float) -> torch.Tensor:
     """Mask of the tokens beyond the smallest set whose probability reaches `top_p`; the most probable one always stays."""
-    sorted_scores, order = scores_NV.sort(-1, stable=True)
+    sorted_scores, order = scores_NV.sort(dim=-1, stable=True)
     drop = sorted_scores.softmax(-1).cumsum(-1) <= 1 - top_p
     drop[:, -1] = False
     return torch.zeros_like(drop).scatter_(-1, order, drop)

@@ -1,0 +1,1 @@
+"""Where Atlas meets the libraries it plugs into."""

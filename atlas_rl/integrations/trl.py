@@ -1,0 +1,106 @@
+"""The seams of TRL's (and any transformers) trainer: the instance attribute `generate`, and `Trainer.log`.
+
+Every in-process online trainer of TRL ends in one call, `model.generate(input_ids=…, attention_mask=…, generation_config=…)`, on
+the unwrapped model. An instance attribute of that name is what it finds (transformers itself installs custom generation so).
+"""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+GenerateFn = Callable[..., Any]
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside wrappers of DDP, torch.compile or PEFT."""
+    while True:
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if isinstance(inner, nn.Module):
+            model = inner
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            break
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"attach() takes a trainer or a transformers model, got {type(model).__name__}")
+    return model
+
+
+class GenerateHook:
+    """Stands in for `model.generate` of one model. A deep copy of the model gets its class' own `generate` back."""
+
+    def __init__(self, model: PreTrainedModel, serve: Callable[..., Any]) -> None:
+        self.model = weakref.ref(model)
+        self.own_attribute = vars(model).get("generate")
+        """What the instance carried before, if anything."""
+        self.original: GenerateFn = model.generate
+        self.serve = serve
+        model.generate = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.serve(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GenerateFn:
+        copied = memo[id(self.model())]
+        return types.MethodType(type(copied).generate, copied)
+
+    @property
+    def is_installed(self) -> bool:
+        model = self.model()
+        return model is not None and vars(model).get("generate") is self
+
+    def restore(self) -> None:
+        model = self.model()
+        if not self.is_installed:
+            return
+        if self.own_attribute is None:
+            del model.generate
+        else:
+            model.generate = self.own_attribute
+
+
+def autocast_dtype(model: PreTrainedModel, args: Any | None) -> torch.dtype | None:
+    """The dtype that the trainer's forward autocasts to: accelerate wraps `forward` under mixed precision, or a context is on."""
+    if args is not None and "_original_forward" in vars(model):
+        return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    device_type = model.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+class LogHook:
+    """Wraps `Trainer.log` at class level, once for all, so that our metrics are in `logs` before history and reporters see them.
+
+    (Changing `logs` in a callback's `on_log` reaches neither.) Sources are callbacks of the trainer with a `pop_metrics` method.
+    """
+
+    original: Callable[..., None] | None = None
+    num_users = 0
+
+    @classmethod
+    def acquire(cls, callback_type: type) -> None:
+        cls.num_users += 1
+        if cls.original is not None:
+            return
+        cls.original = original = Trainer.log
+
+        def log(self: Trainer, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, callback_type):
+                    logs = logs | callback.pop_metrics("train" if self.model.training else "eval")
+            original(self, logs, *args, **kwargs)
+
+        log.__doc__ = original.__doc__
+        Trainer.log = log
+
+    @classmethod
+    def release(cls) -> None:
+        cls.num_users -= 1
+        if cls.num_users == 0:
+            Trainer.log, cls.original = cls.original, None

@@ -1,0 +1,108 @@
+"""The twin computes what the trainer's forward computes, follows its weights, and leaves the model alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from atlas_rl.config import AtlasConfig
+from atlas_rl.engine.policy_view import CastLinear, PackedLinear, PolicyView, unsupported_reason
+from atlas_rl.types import SamplingParams
+from conftest import MODELS, make_engine, make_requests, tiny_llama, tiny_qwen3
+from transformers import BloomConfig, BloomForCausalLM, T5Config, T5ForConditionalGeneration
+
+PLAIN = AtlasConfig(speculate=False)
+
+
+def logprobs_of(model, rollout, dtype=None) -> torch.Tensor:
+    ids = torch.tensor([rollout.prompt_ids + rollout.token_ids])
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        logits = model(ids).logits[0, len(rollout.prompt_ids) - 1 : -1].float()
+    return logits.log_softmax(-1).gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
+
+
+def fingerprint(model) -> tuple:
+    """Everything law 3 names, that a rollout could change."""
+    return (
+        {k: (v.data_ptr(), v.dtype, v._version, v.double().sum().item()) for k, v in model.state_dict(keep_vars=True).items()},
+        [(name, m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()],
+        {name: id(p) for name, p in model.named_parameters()},
+        [p.requires_grad for p in model.parameters()],
+        model.config._attn_implementation,
+        [getattr(m, "gradient_checkpointing", None) for m in model.modules()],
+        torch.get_rng_state().tolist(),
+        sorted(vars(model)),
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_alone(name: str, training: bool):
+    model = MODELS[name]().train(training)
+    model.gradient_checkpointing_enable()
+    before = fingerprint(model)
+    engine = make_engine(model)
+    engine.generate(make_requests(2, 2), SamplingParams())
+    assert fingerprint(model) == before
+    with pytest.raises(ValueError):
+        engine.generate([make_requests(1, 1)[0].__class__(prompt_ids=(), seed=0, max_new_tokens=1)], SamplingParams())
+    assert fingerprint(model) == before
+
+
+def test_float32_on_cpu_is_packed_and_shares_the_rest():
+    model = tiny_llama()
+    view = PolicyView(model)
+    kinds = {type(m) for m in view.twin.modules()}
+    assert PackedLinear in kinds and torch.nn.Linear not in kinds
+    assert view.twin.model.embed_tokens.weight is model.model.embed_tokens.weight
+    assert view.twin.model.norm.weight is model.model.norm.weight
+    assert PolicyView(model, pack_linears=False).twin.lm_head.weight is model.lm_head.weight
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_followed(name: str, tied: bool):
+    """An optimizer step, and a write through `.data` that no version counter sees."""
+    model = MODELS[name](tie_word_embeddings=tied)
+    engine = make_engine(model, PLAIN)
+    engine.generate(make_requests(1, 1), SamplingParams())
+    assert not engine.view.is_stale()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model(torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
+    changes = [optimizer.step, lambda: model.model.layers[1].self_attn.q_proj.weight.data.mul_(1.5)]
+    for change in changes:
+        change()
+        assert engine.view.is_stale()
+        (rollout,) = engine.generate(make_requests(1, 1), SamplingParams())
+        torch.testing.assert_close(torch.tensor(rollout.logprobs), logprobs_of(model, rollout), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3])
+def test_fp32_masters_under_bf16_autocast(make):
+    """Numerics of the trainer's autocast forward, from bf16 copies of the Linear weights that follow updates in place."""
+    model = make()
+    engine = make_engine(model, PLAIN, autocast_dtype=torch.bfloat16)
+    linears = [m for m in engine.view.twin.modules() if isinstance(m, CastLinear)]
+    assert linears and all(m.weight.dtype == torch.bfloat16 for m in linears)
+    assert engine.view.twin.model.embed_tokens.weight is model.model.embed_tokens.weight
+    storage = [m.weight.data_ptr() for m in linears]
+    for _ in range(2):
+        for rollout in engine.generate(make_requests(3, 1), SamplingParams()):
+            expected = logprobs_of(model, rollout, torch.bfloat16)
+            torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, atol=0.1, rtol=0)
+            # far closer to the autocast forward than that one is to float32's: the same roundings, not just small ones
+            error = (torch.tensor(rollout.logprobs) - expected).abs().mean()
+            assert error < 0.5 * (logprobs_of(model, rollout) - expected).abs().mean()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.1)
+    assert [m.weight.data_ptr() for m in linears] == storage
+
+
+def test_what_the_engine_cannot_run_is_said():
+    bloom = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=1, n_head=2, vocab_size=50))
+    assert "attention interface" in unsupported_reason(bloom)
+    t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=50))
+    assert "encoder-decoder" in unsupported_reason(t5)
+    assert unsupported_reason(tiny_llama()) is None
+    with pytest.raises(ValueError, match="attention interface"):
+        PolicyView(bloom)
