@@ -56,7 +56,9 @@ class AtlasConfig:
         names = (self.drafters,) if isinstance(self.drafters, str) else tuple(self.drafters)
         unknown = [name for name in names if name not in DRAFTER_NAMES]
         if unknown or not names:
-            raise ValueError(f"drafters names {unknown or 'nothing'}: give 'auto' or some of {', '.join(DRAFTER_NAMES)}")
+            raise ValueError(
+                f"drafters names {unknown or 'nothing'}: give 'auto' or some of {', '.join(DRAFTER_NAMES)}"
+            )
         object.__setattr__(self, "drafters", names)
 
     @property
@@ -116,5 +118,6 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     built = {k: _build(hints[k], v, f"{prefix}{k}.") if is_dataclass(hints[k]) else v for k, v in values.items()}
     try:
         return dacite.from_dict(cls, built, config=dacite.Config(cast=[tuple], type_hooks={float: float}))
-    except dacite.DaciteError as error:
-        raise ValueError(f"{prefix}{error}") from None
+    except dacite.WrongTypeError as error:
+        expected = str(error.field_type).replace("<class '", "").replace("'>", "")
+        raise ValueError(f"{prefix}{error.field_path} must be {expected}, got {error.value!r}") from None

@@ -18,7 +18,7 @@ from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.integrations.hf_generate import Unsupported, plan_generation
 from atlas_rl.integrations.trl import GenerateHook, LogHook, autocast_dtype, unwrap
-from atlas_rl.telemetry.log import RolloutLog
+from atlas_rl.telemetry.log import RolloutLog, keep_earlier_log
 from atlas_rl.telemetry.stats import RolloutStats
 from atlas_rl.types import Rollout, RolloutRequest, SamplingParams
 
@@ -195,8 +195,11 @@ class AtlasRolloutGenerator(TrainerCallback):
         if self.call_place != (phase, step) and self.state is not None:
             self.call_place, self.num_calls = (phase, step), 0
         call, self.num_calls = self.num_calls, self.num_calls + 1
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        return {"phase": phase, "call": call, "step": step, "rank": rank}
+        return {"phase": phase, "call": call, "step": step, "rank": self._rank()}
+
+    @staticmethod
+    def _rank() -> int:
+        return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
     def _seed_words(self, row_fields: dict[str, Any], seed: int | None) -> tuple[int, ...]:
         if seed is not None:
@@ -214,14 +217,16 @@ class AtlasRolloutGenerator(TrainerCallback):
         self._write({"kind": "rollout"} | row_fields | stats.to_dict())
 
     def _write(self, row: dict[str, Any]) -> None:
-        if self.log is None:
-            path = self.config.log_path
-            if path is None and self.args is not None and self.args.output_dir:
-                path = f"{self.args.output_dir}/rollouts.jsonl"
-            if path is None:
-                return
-            self.log = RolloutLog(path, append=row["step"] > 0)  # a run that starts at step 0 is a new one
-        self.log.write(row)
+        if self.log is None and self.log_path is not None:
+            self.log = RolloutLog(self.log_path)
+        if self.log is not None:
+            self.log.write(row)
+
+    @property
+    def log_path(self) -> str | None:
+        if self.config.log_path is not None or self.args is None or not self.args.output_dir:
+            return self.config.log_path
+        return f"{self.args.output_dir}/rollouts.jsonl"
 
     def pop_metrics(self, phase: str) -> dict[str, float]:
         """Figures since the last call, named as the trainer's metrics are; `Trainer.log` merges them."""
@@ -229,7 +234,9 @@ class AtlasRolloutGenerator(TrainerCallback):
         if not rollouts:
             return {}
         row = RolloutStats.total(rollouts).to_dict()
-        metrics = {name: row[name] for name in ("tokens_per_s", "tokens_per_decode_step", "speedup_estimate") if name in row}
+        metrics = {
+            name: row[name] for name in ("tokens_per_s", "tokens_per_decode_step", "speedup_estimate") if name in row
+        }
         metrics["seconds"] = row["seconds"]["total"]
         for name, counts in row.get("drafters", {}).items():
             if "acceptance" in counts:
@@ -246,6 +253,8 @@ class AtlasRolloutGenerator(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         self.state = state
         self._attach_model(model, args)
+        if self.log is None and state.global_step == 0 and self._rank() == 0:
+            keep_earlier_log(self.log_path)  # a resumed run goes on with its own
 
     def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
         self.state = state
@@ -255,9 +264,8 @@ class AtlasRolloutGenerator(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         seconds = time.perf_counter() - self.step_start
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        row = {"kind": "step", "phase": "train", "step": state.global_step, "rank": rank, "step_seconds": round(seconds, 6)}
-        self._write(row | RolloutStats.total(self.step_rollouts).to_dict())
+        row = {"kind": "step", "phase": "train", "step": state.global_step, "rank": self._rank()}
+        self._write(row | {"step_seconds": round(seconds, 6)} | RolloutStats.total(self.step_rollouts).to_dict())
 
     def _restore_gradient_checkpointing(self) -> None:
         """TRL switches it off around `generate`, and does not switch it on again after an exception."""

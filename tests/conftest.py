@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
 from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.types import RolloutRequest
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 VOCAB_SIZE = 97
 SHAPE = {
@@ -42,6 +43,7 @@ MODELS = {"llama": tiny_llama, "qwen3": tiny_qwen3}
 
 
 torch.set_num_threads(1)  # spinning threads on a shared machine cost more than they give
+
 
 @pytest.fixture(scope="session")
 def shipped_policy() -> PreTrainedModel:

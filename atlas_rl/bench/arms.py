@@ -55,13 +55,23 @@ class HFGenerate(Arm):
         input_ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in workload.prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in workload.prompts])
         torch.manual_seed(repeat)
-        options = {"max_new_tokens": max(workload.lens), "do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+        options = {
+            "max_new_tokens": max(workload.lens),
+            "do_sample": True,
+            "top_k": 0,
+            "top_p": 1.0,
+            "temperature": 1.0,
+        }
         if len(set(workload.lens)) == 1:
             options |= {"min_new_tokens": options["max_new_tokens"], "pad_token_id": 0}
         else:
             eos_id = self.policy.config.vocab_size - 1
             forced = ForcedLength(workload.lens, width, eos_id)
-            options |= {"logits_processor": LogitsProcessorList([forced]), "eos_token_id": eos_id, "pad_token_id": eos_id}
+            options |= {
+                "logits_processor": LogitsProcessorList([forced]),
+                "eos_token_id": eos_id,
+                "pad_token_id": eos_id,
+            }
         output = self.policy.generate(input_ids, attention_mask=mask, **options)
         completions = output[:, width:]
         if len(set(workload.lens)) == 1:

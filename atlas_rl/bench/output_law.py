@@ -1,7 +1,8 @@
 """The output law at full size: the same completions with every drafter, batch order, batch size and memory.
 
-    python -m atlas_rl.bench.output_law --tokens 100000                    # tiny random model in float64: no difference at all
-    python -m atlas_rl.bench.output_law --tokens 100000 --dtype float32 --model atlas_rl/tasks/policy
+    python -m atlas_rl.bench.output_law                                    # a tiny random model in float64: no difference
+    python -m atlas_rl.bench.output_law --model shipped                    # the shipped policy on its own prompts, likewise
+    python -m atlas_rl.bench.output_law --model shipped --dtype float32    # on packed weights: float ties only
 
 In float32 a first difference has to be a float tie: two perturbed scores within 1e-4 of each other. Everything after it differs
 for that reason, so only first differences are judged; their rate is printed.
@@ -15,9 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-from atlas_kernels import gumbel_noise
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from atlas_kernels import gumbel_noise
+from atlas_rl.bench.workload import load_policy, shipped_prompts
 from atlas_rl.bench.wrong_drafters import AdversarialDrafter, RandomDrafter
 from atlas_rl.config import AtlasConfig, EngineConfig
 from atlas_rl.drafters.base import Drafter
@@ -91,7 +93,12 @@ def _variants(
     yield "suffix, lookahead 4", fixed, SuffixDrafter(), order
     yield "random, lookahead 4", fixed, RandomDrafter(vocab_size), order
     yield "adversarial, lookahead 4", fixed, adversary(), order
-    yield "adversarial, other order, batch of 7", replace(fixed, engine=EngineConfig(max_num_seqs=7)), adversary(), shuffled
+    yield (
+        "adversarial, other order, batch of 7",
+        replace(fixed, engine=EngineConfig(max_num_seqs=7)),
+        adversary(),
+        shuffled,
+    )
     longest = max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
     shape = view.kv_shape(block_size=4)
     num_blocks = -(-longest // 4) * min(4, len(requests)) - 1  # too few for the batch: sequences are preempted
@@ -147,12 +154,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=100_000, help="sampled tokens per variant (default: 100000)")
     parser.add_argument("--dtype", choices=["float64", "float32"], default="float64")
-    parser.add_argument("--model", help="folder of a model; a tiny random Llama if absent")
+    parser.add_argument("--model", help="`shipped`, or the folder of a model; a tiny random Llama if absent")
     parser.add_argument("--max_new_tokens", type=int, default=128)
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval() if args.model else tiny_model(dtype)
+    model = load_policy(args.model).to(dtype) if args.model else tiny_model(dtype)
     requests = random_requests(args.tokens, args.max_new_tokens, model.config.vocab_size)
+    if args.model == "shipped":
+        prompts = shipped_prompts(len(requests) // 8)
+        requests = [replace(r, prompt_ids=prompts[i // 8]) for i, r in enumerate(requests)]
     failed = False
     for report in check_output_law(model, requests, SamplingParams(max_new_tokens=args.max_new_tokens)):
         violations = report.violations(dtype)

@@ -100,7 +100,8 @@ def build_workload(config: WorkloadConfig, bench: BenchConfig, policy: PreTraine
     if config.new_tokens is not None:
         return Workload(config=config, prompts=prompts, lens=[config.new_tokens] * len(prompts))
     requests = [
-        RolloutRequest(prompt_ids=prompt, seed=-1 - i, max_new_tokens=bench.max_new_tokens) for i, prompt in enumerate(prompts)
+        RolloutRequest(prompt_ids=prompt, seed=-1 - i, max_new_tokens=bench.max_new_tokens)
+        for i, prompt in enumerate(prompts)
     ]
     eos = policy.generation_config.eos_token_id
     natural = replace(SAMPLING, ignore_eos=False, eos_token_ids=tuple(torch.as_tensor(eos).flatten().tolist()))
@@ -110,13 +111,17 @@ def build_workload(config: WorkloadConfig, bench: BenchConfig, policy: PreTraine
 
 def _prompts(config: WorkloadConfig, bench: BenchConfig, policy: PreTrainedModel) -> list[tuple[int, ...]]:
     if bench.model == "shipped":
-        from transformers import AutoTokenizer
-
-        from atlas_rl.tasks import build_dataset, policy_path
-
-        tokenizer = AutoTokenizer.from_pretrained(policy_path())
-        texts = build_dataset(config.num_prompts, seed=1)["prompt"]
-        return [tuple(tokenizer(text)["input_ids"]) for text in texts]
+        return shipped_prompts(config.num_prompts)
     generator = torch.Generator().manual_seed(0)
     dims = (config.num_prompts, config.prompt_tokens)
     return [tuple(row) for row in torch.randint(0, policy.config.vocab_size, dims, generator=generator).tolist()]
+
+
+def shipped_prompts(num_prompts: int) -> list[tuple[int, ...]]:
+    """Token ids of prompts from the shipped tasks."""
+    from transformers import AutoTokenizer
+
+    from atlas_rl.tasks import build_dataset, policy_path
+
+    tokenizer = AutoTokenizer.from_pretrained(policy_path())
+    return [tuple(tokenizer(text)["input_ids"]) for text in build_dataset(num_prompts, seed=1)["prompt"]]

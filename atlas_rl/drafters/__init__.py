@@ -1,1 +1,1 @@
-"""Drafters: they guess the policy's next tokens; the engine verifies the guesses, so a drafter can cost time but never change a token."""
+"""Drafters guess the policy's next tokens. The engine verifies the guesses: a drafter can cost time, never change a token."""

@@ -6,7 +6,8 @@ lengths it asked for, and benches a drafter that raises.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 
 class DraftRow(Protocol):
@@ -25,7 +26,7 @@ class Draft(NamedTuple):
     token_ids: list[int]
     """May be empty."""
     probs: list[float]
-    """probs[i]: estimated probability that tokens 0..i are all accepted; non-increasing, so their sum is the expected gain in tokens."""
+    """probs[i]: estimated probability that tokens 0..i are all accepted; non-increasing, so that their sum is the expected gain."""
 
 
 NO_DRAFT = Draft([], [])

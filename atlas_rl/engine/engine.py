@@ -94,7 +94,9 @@ class RolloutEngine:
         shape = self.view.kv_shape(config.block_size)
         num_blocks = kv_blocks(shape, groups, config, self.view.device)
         self.runner = ModelRunner(self.view, KVCache(shape, num_blocks, self.view.device))
-        self.scheduler = Scheduler(BlockPool(num_blocks, config.block_size), config.max_num_seqs, config.max_prefill_tokens)
+        self.scheduler = Scheduler(
+            BlockPool(num_blocks, config.block_size), config.max_num_seqs, config.max_prefill_tokens
+        )
         for group in groups:
             self.scheduler.add(group)
 
@@ -117,6 +119,7 @@ class RolloutEngine:
 
     def _decode(self, sampling: SamplingParams) -> None:
         """One decode step: draft, verify, sample, commit."""
+        start, drafting_before = time.perf_counter(), self.stats.seconds["draft"]
         preempted = self.scheduler.reserve()
         self.speculator.release(preempted, finished=False)
         sequences = self.scheduler.running
@@ -124,23 +127,26 @@ class RolloutEngine:
             return
         drafts = self.speculator.draft(self.scheduler, self.stats)
 
-        start = time.perf_counter()
+        drafted = time.perf_counter()
         batch, logits_NV = self.runner.verify(sequences, drafts)
         verified = time.perf_counter()
         tokens_N, logprobs_N = sample(logits_NV, self._sampling_batch(sampling, sequences, batch))
         tokens, logprobs = tokens_N.cpu().numpy(), logprobs_N.cpu().numpy()
         accepted = count_accepted(tokens, batch.input_ids_N.cpu().numpy(), batch.query_lens)
         finished, num_accepted = self._commit(sequences, batch.query_lens, tokens, logprobs, accepted, sampling)
-        end = time.perf_counter()
-
-        self.stats.decode_steps += 1
-        self.stats.row_steps += len(sequences)
-        self.stats.seconds["verify"] += verified - start
-        self.stats.seconds["sample"] += end - verified
-        self.step_cost.record(batch.num_tokens, end - start)
+        sampled = time.perf_counter()
         self.speculator.observe(sequences, [len(draft) for draft in drafts], num_accepted, self.stats)
         self.speculator.release(finished, finished=True)
         self.scheduler.retire(finished)
+
+        stats = self.stats
+        stats.decode_steps += 1
+        stats.row_steps += len(sequences)
+        stats.seconds["verify"] += verified - drafted
+        stats.seconds["sample"] += sampled - verified
+        if stats.decode_steps > 1:  # the first step of a rollout runs on cold caches, after a training step
+            drafting = stats.seconds["draft"] - drafting_before
+            self.step_cost.record(batch.num_tokens, time.perf_counter() - start - drafting)
 
     def _commit(
         self,
@@ -160,8 +166,8 @@ class RolloutEngine:
             place += query_len
             if not all(map(math.isfinite, logprob_list[emitted])):
                 raise FloatingPointError(
-                    f"the policy's logits are NaN or infinite after token {seq.num_tokens} of completion {seq.index}: its weights "
-                    "have diverged. Lower the learning rate or clip gradients, and resume from the last good checkpoint"
+                    f"the policy's logits are NaN or infinite after token {seq.num_tokens} of completion {seq.index}: its "
+                    "weights have diverged. Lower the learning rate or clip gradients, and resume from the last good checkpoint"
                 )
             taken = seq.append(token_list[emitted], logprob_list[emitted], stopping_ids)
             num_accepted.append(min(num_right, taken))
@@ -199,7 +205,9 @@ class RolloutEngine:
         stats.seconds["total"] = time.perf_counter() - start
         if stats.drafters and not stats.preemptions and len(sequences) <= self.config.engine.max_num_seqs:
             fixed = stats.seconds["prefill"] + stats.seconds["refresh"]
-            stats.plain_seconds_estimate = fixed + self._plain_decode_seconds([len(seq.output_ids) for seq in sequences])
+            stats.plain_seconds_estimate = fixed + self._plain_decode_seconds(
+                [len(seq.output_ids) for seq in sequences]
+            )
 
     def _plain_decode_seconds(self, lens: list[int]) -> float:
         """Measured seconds of the steps that decode these completions one token at a time, the batch draining as they end."""
@@ -223,7 +231,9 @@ class RolloutEngine:
                     "shorten the prompts or filter the dataset"
                 )
             if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocab_size:
-                raise ValueError(f"prompt {index} holds a token id outside 0 … {vocab_size - 1}: is it the model's own tokenizer?")
+                raise ValueError(
+                    f"prompt {index} holds a token id outside 0 … {vocab_size - 1}: is it the model's own tokenizer?"
+                )
             room = request.max_new_tokens if limit is None else min(request.max_new_tokens, limit - num_prompt)
             if room < request.max_new_tokens:
                 _warn_once(f"completions are cut where prompt and completion reach the model's {limit} positions")

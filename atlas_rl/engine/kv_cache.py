@@ -131,4 +131,6 @@ class BlockPool:
         assert expected == self.ref_counts, "reference counts and block tables disagree"
         free = set(self.free_ids)
         assert len(free) == len(self.free_ids), "a block is free twice"
-        assert free == {b for b in range(self.num_blocks) if self.ref_counts[b] == 0}, "a block is lost, or free while owned"
+        assert free == {b for b in range(self.num_blocks) if self.ref_counts[b] == 0}, (
+            "a block is lost, or free while owned"
+        )

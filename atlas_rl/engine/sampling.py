@@ -1,9 +1,9 @@
 """Coupled sampling and verification.
 
-Every (seed, position, token id) owns one Gumbel noise value g, and the policy's token is argmax(log p / T + g) over the tokens
-that the filters keep: a sample of the softmax (the Gumbel-max trick) that depends on nothing but weights, prompt and seed. A draft
-is right where it equals that token, so verification is a prefix match, and no drafter or lookahead can change a completion
-(drafter-invariant speculative decoding, Daliri, Musco, Suresh, arXiv 2408.07978).
+Every (seed, position, token id) owns one Gumbel noise value g, and the policy's token is argmax(log p / T + g) over the
+tokens that the filters keep: a sample of the softmax (the Gumbel-max trick) that depends on nothing but weights, prompt and
+seed. A draft is right where it equals that token, so verification is a prefix match, and no drafter or lookahead can change
+a completion (drafter-invariant speculative decoding, Daliri, Musco, Suresh, arXiv 2408.07978).
 
 Shapes: N tokens of all rows back to back, V vocabulary.
 """
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from atlas_kernels import gumbel_noise
 
+from atlas_kernels import gumbel_noise
 from atlas_rl.types import SamplingParams
 
 

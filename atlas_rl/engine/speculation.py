@@ -84,7 +84,9 @@ class Speculator:
         self._count_seconds(start, stats)
         return chosen
 
-    def observe(self, sequences: list[Sequence], num_drafted: list[int], num_accepted: list[int], stats: RolloutStats) -> None:
+    def observe(
+        self, sequences: list[Sequence], num_drafted: list[int], num_accepted: list[int], stats: RolloutStats
+    ) -> None:
         """Report a step to the drafter and count its drafts."""
         if self.drafter is None:
             return

@@ -113,7 +113,9 @@ def _check_options(config: GenerationConfig) -> None:
         raise Unsupported("sampling at temperature 0")
 
 
-def _sampling_params(config: GenerationConfig, width: int, eos_ids: tuple[int, ...], explicit_length: bool) -> SamplingParams:
+def _sampling_params(
+    config: GenerationConfig, width: int, eos_ids: tuple[int, ...], explicit_length: bool
+) -> SamplingParams:
     if config.max_new_tokens is not None:
         max_new = config.max_new_tokens
     else:
@@ -158,7 +160,9 @@ def _unpadded(
     lengths = mask.sum(1)
     if not mask.any(1).all():
         row = int((lengths == 0).nonzero()[0])
-        raise ValueError(f"prompt {row} is empty: its attention mask has no 1. Give it at least one token, for instance BOS")
+        raise ValueError(
+            f"prompt {row} is empty: its attention mask has no 1. Give it at least one token, for instance BOS"
+        )
     width = mask.shape[1]
     if not torch.equal(mask, torch.arange(width) >= (width - lengths)[:, None]):
         raise Unsupported("prompts are not padded on the left")

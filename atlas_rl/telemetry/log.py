@@ -15,42 +15,37 @@ MAX_PENDING_ROWS = 10_000
 
 
 class RolloutLog:
-    """Appends rows to a file, each flushed at once. A full disk costs one warning; its rows wait for the next write.
+    """Appends rows to a file, each written at once. A full disk costs one warning; its rows wait for the next write."""
 
-    A log of an earlier run in the same place is kept as `rollouts.1.jsonl`, `rollouts.2.jsonl`, … unless `append` is set.
-    """
-
-    def __init__(self, path: str | Path, *, append: bool = False) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.pending: deque[str] = deque(maxlen=MAX_PENDING_ROWS)
         self.failing = False
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if not append and self.path.exists():
-                self.path.rename(_free_name(self.path))
-        except OSError as error:
-            self._warn(error)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row, after those that earlier failures left behind. Never raises for a disk's fault."""
         self.pending.append(json.dumps(row))
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
                 file.write("".join(f"{line}\n" for line in self.pending))
         except OSError as error:
-            self._warn(error)
+            if not self.failing:
+                logger.warning("cannot write %s (%s): rows wait in memory until it works again", self.path, error)
+            self.failing = True
             return
         self.pending.clear()
         self.failing = False
 
-    def _warn(self, error: OSError) -> None:
-        if not self.failing:
-            logger.warning("cannot write %s (%s): rows are kept in memory until it works again", self.path, error)
-        self.failing = True
 
-
-def _free_name(path: Path) -> Path:
-    number = 1
-    while (candidate := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+def keep_earlier_log(path: str | Path | None) -> None:
+    """Move the log of an earlier run in the same place to `rollouts.1.jsonl`, `rollouts.2.jsonl`, …"""
+    if path is None or not Path(path).exists():
+        return
+    path, number = Path(path), 1
+    while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1
-    return candidate
+    try:
+        path.rename(kept)
+    except OSError as error:
+        logger.warning("cannot move the earlier %s away (%s): this run's rows are appended to it", path, error)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Iterable
+from typing import Any
 
 
 @dataclass(slots=True, kw_only=True)
@@ -42,7 +43,15 @@ class RolloutStats:
         result = cls()
         estimates: list[float | None] = []
         for part in parts:
-            for name in ("num_prompts", "num_completions", "prompt_tokens", "completion_tokens", "decode_steps", "row_steps", "preemptions"):
+            for name in (
+                "num_prompts",
+                "num_completions",
+                "prompt_tokens",
+                "completion_tokens",
+                "decode_steps",
+                "row_steps",
+                "preemptions",
+            ):
                 setattr(result, name, getattr(result, name) + getattr(part, name))
             for name, seconds in part.seconds.items():
                 result.seconds[name] += seconds
@@ -76,10 +85,11 @@ class RolloutStats:
             "completion_tokens": self.completion_tokens,
             "seconds": {name: round(seconds, 6) for name, seconds in self.seconds.items()},
             "decode_steps": self.decode_steps,
+            "row_steps": self.row_steps,
             "preemptions": self.preemptions,
             "kv_peak_bytes": self.kv_peak_bytes,
         }
-        if total > 0:
+        if total > 0 and self.completion_tokens:
             row["tokens_per_s"] = self.completion_tokens / total
         if self.row_steps:
             row["tokens_per_decode_step"] = self.completion_tokens / self.row_steps

@@ -19,7 +19,9 @@ class RunSummary:
 
     log_path: Path
     num_rollouts: int
-    """Calls of generate."""
+    """Calls of generate that Atlas served."""
+    fallbacks: tuple[str, ...]
+    """Why other calls went to the model's own generate, one reason per call."""
     completions: int
     tokens: int
     tokens_per_s: float | None
@@ -44,36 +46,38 @@ class RunSummary:
         return table
 
     def _rows(self) -> Iterable[tuple[str, str, str]]:
+        if self.fallbacks:
+            about = f"generate calls were not for Atlas: {'; '.join(sorted(set(self.fallbacks)))}"
+            yield "served by transformers", f"{len(self.fallbacks):,}", about
         if not self.num_rollouts:
-            yield "rollouts", "none", "Atlas made no rollout; the lines above say why"
+            yield "rollouts", "none", "Atlas made no rollout in this run"
             return
-        yield "completions", f"{self.completions:,}", f"{self.tokens:,} tokens in {self.num_rollouts:,} generate calls"
+        yield "completions", f"{self.completions:,}", f"{self.tokens:,} tokens in {self.num_rollouts:,} rollouts"
         if self.tokens_per_s is not None:
-            yield "tokens per second", f"{self.tokens_per_s:,.0f}", "new tokens, all costs of the rollouts counted"
+            yield "tokens per second", f"{self.tokens_per_s:,.0f}", "all costs of the rollouts counted"
         if self.speedup is not None:
-            about = "times faster than the same engine without drafts (from step times measured in this run)"
-            yield "speed-up", f"{self.speedup:.2f}x", about
+            yield "speed-up", f"{self.speedup:.2f}x", "over plain decoding, from measured step times"
         if self.acceptance is not None:
             yield (
                 "draft acceptance",
                 f"{self.acceptance:.0%}",
-                "drafted tokens that the policy itself would have chosen",
+                "of drafted tokens were the policy's own",
             )
         if self.tokens_per_decode_step is not None:
             yield "tokens per decode step", f"{self.tokens_per_decode_step:.2f}", "per sequence; 1 without drafts"
         if self.rollout_share is not None:
-            yield "share of the step", f"{self.rollout_share:.0%}", "of training time goes into rollouts"
+            yield "share of the step", f"{self.rollout_share:.0%}", "of a training step goes into rollouts"
         if self.reward_first is not None:
             change = f"{self.reward_first:.3f} → {self.reward_last:.3f}"
-            yield "reward", change, f"first and last fifth of {self.num_steps:,} logged steps"
-        yield "log", "", str(self.log_path)
+            yield "reward", change, f"first → last fifth of {self.num_steps:,} logged steps"
 
 
 def summarize_run(log_path: str | Path, log_history: list[dict[str, Any]]) -> RunSummary:
     """From `rollouts.jsonl` (which may not exist: then no rollout was made) and the trainer's `state.log_history`."""
     path = Path(log_path)
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    rollouts = [row for row in rows if row["kind"] == "rollout"]
+    calls = [row for row in rows if row["kind"] == "rollout"]
+    rollouts = [row for row in calls if "fallback" not in row]
     timed = [row for row in rows if row["kind"] == "step" and "step_seconds" in row]
     tokens = sum(row["completion_tokens"] for row in rollouts)
     rewards = [entry["reward"] for entry in log_history if "reward" in entry]
@@ -81,6 +85,7 @@ def summarize_run(log_path: str | Path, log_history: list[dict[str, Any]]) -> Ru
     return RunSummary(
         log_path=path,
         num_rollouts=len(rollouts),
+        fallbacks=tuple(row["fallback"] for row in calls if "fallback" in row),
         completions=sum(row["num_completions"] for row in rollouts),
         tokens=tokens,
         tokens_per_s=_ratio(tokens, _slowest_rank_seconds(rollouts)),

@@ -8,7 +8,10 @@ from __future__ import annotations
 import torch
 
 GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit integer
-MIX_A, MIX_B = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # splitmix64's multipliers 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+MIX_A, MIX_B = (
+    -0x40A7B892E31B1A47,
+    -0x6B2FB644ECCEEE15,
+)  # splitmix64's multipliers 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 HASH_A, HASH_B = 0x7FEB352D, 0x846CA68B - (1 << 32)  # lowbias32's multipliers, as signed 32-bit integers
 MAX_UNIFORM = 1.0 - 2.0**-24  # the largest float32 below 1
 

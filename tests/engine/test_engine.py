@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import MODELS, VOCAB_SIZE, make_engine, make_requests, tiny_llama
+
 from atlas_rl.bench.wrong_drafters import RandomDrafter
 from atlas_rl.config import AtlasConfig, EngineConfig
 from atlas_rl.drafters.base import Draft
 from atlas_rl.types import SamplingParams
-from conftest import MODELS, VOCAB_SIZE, make_engine, make_requests, tiny_llama
 
 PLAIN = AtlasConfig(speculate=False)
 GREEDY = SamplingParams(temperature=0.0)
@@ -69,7 +70,9 @@ def test_sampling_statistics_equal_generate():
     model = tiny_llama(torch.float64)
     (request,) = make_requests(1, 1, max_new_tokens=1)
     requests = [replace(request, seed=i) for i in range(4000)]
-    rollouts = make_engine(model, AtlasConfig(engine=EngineConfig(max_num_seqs=1000))).generate(requests, SamplingParams())
+    rollouts = make_engine(model, AtlasConfig(engine=EngineConfig(max_num_seqs=1000))).generate(
+        requests, SamplingParams()
+    )
     with torch.no_grad():
         probs = model(torch.tensor([request.prompt_ids])).logits[0, -1].softmax(-1)
     counts = torch.bincount(torch.tensor([r.token_ids[0] for r in rollouts]), minlength=VOCAB_SIZE)

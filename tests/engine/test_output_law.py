@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from atlas_rl.bench.output_law import check_output_law, random_requests, tiny_model
-from atlas_rl.types import SamplingParams
 from conftest import MODELS, VOCAB_SIZE
 
-FILTERED = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.1, "min_new_tokens": 5}
+from atlas_rl.bench.output_law import check_output_law, random_requests, tiny_model
+from atlas_rl.types import SamplingParams
+
+FILTERED = {
+    "temperature": 0.8,
+    "top_k": 40,
+    "top_p": 0.95,
+    "min_p": 0.01,
+    "repetition_penalty": 1.1,
+    "min_new_tokens": 5,
+}
 
 
 def check(model, requests, sampling, dtype) -> int:

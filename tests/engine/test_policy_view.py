@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import MODELS, make_engine, make_requests, tiny_llama, tiny_qwen3
+from transformers import BloomConfig, BloomForCausalLM, T5Config, T5ForConditionalGeneration
+
 from atlas_rl.config import AtlasConfig
 from atlas_rl.engine.policy_view import CastLinear, PackedLinear, PolicyView, unsupported_reason
 from atlas_rl.types import SamplingParams
-from conftest import MODELS, make_engine, make_requests, tiny_llama, tiny_qwen3
-from transformers import BloomConfig, BloomForCausalLM, T5Config, T5ForConditionalGeneration
 
 PLAIN = AtlasConfig(speculate=False)
 
@@ -23,7 +24,10 @@ def logprobs_of(model, rollout, dtype=None) -> torch.Tensor:
 def fingerprint(model) -> tuple:
     """Everything law 3 names, that a rollout could change."""
     return (
-        {k: (v.data_ptr(), v.dtype, v._version, v.double().sum().item()) for k, v in model.state_dict(keep_vars=True).items()},
+        {
+            k: (v.data_ptr(), v.dtype, v._version, v.double().sum().item())
+            for k, v in model.state_dict(keep_vars=True).items()
+        },
         [(name, m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()],
         {name: id(p) for name, p in model.named_parameters()},
         [p.requires_grad for p in model.parameters()],

@@ -8,10 +8,11 @@ import logging
 
 import pytest
 import torch
-from atlas_rl import AtlasConfig, AtlasRolloutGenerator, SamplingParams
 from conftest import MODELS, tiny_llama
 from transformers import GenerationConfig, LogitsProcessorList, MinLengthLogitsProcessor, Trainer
 from transformers.generation import GenerateDecoderOnlyOutput
+
+from atlas_rl import AtlasConfig, AtlasRolloutGenerator, SamplingParams
 
 PAD, EOS = 0, 1
 
@@ -159,7 +160,10 @@ def test_right_padding_falls_back_and_empty_prompts_are_named(model):
         assert atlas.stats.num_completions == 0
         with pytest.raises(ValueError, match="prompt 1 is empty"):
             model.generate(
-                input_ids=torch.tensor([[5], [PAD]]), attention_mask=torch.tensor([[1], [0]]), **OPTIONS, do_sample=False
+                input_ids=torch.tensor([[5], [PAD]]),
+                attention_mask=torch.tensor([[1], [0]]),
+                **OPTIONS,
+                do_sample=False,
             )
 
 

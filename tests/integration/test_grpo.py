@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from atlas_rl import AtlasConfig, AtlasRolloutGenerator
-from atlas_rl.telemetry.log import RolloutLog
 from conftest import tiny_qwen3
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer
+
+from atlas_rl import AtlasConfig, AtlasRolloutGenerator
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -229,11 +229,13 @@ def test_a_full_disk_costs_a_warning_not_the_run(tokenizer, tmp_path, caplog, mo
     assert sum("No space left" in record.message for record in caplog.records) == 1
 
 
-def test_an_earlier_log_is_kept(tmp_path):
-    for number in range(3):
-        RolloutLog(tmp_path / "rollouts.jsonl").write({"run": number, "step": 0})
-    names = ["rollouts.1.jsonl", "rollouts.2.jsonl", "rollouts.jsonl"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == names
-    assert [json.loads((tmp_path / name).read_text())["run"] for name in names] == [0, 1, 2]
-    RolloutLog(tmp_path / "rollouts.jsonl", append=True).write({"run": 3, "step": 9})
-    assert len((tmp_path / "rollouts.jsonl").read_text().splitlines()) == 2
+def test_an_earlier_log_is_kept_and_a_resumed_run_goes_on_with_its_own(tokenizer, tmp_path):
+    for _ in range(2):
+        make_trainer(
+            tokenizer, tmp_path, [AtlasRolloutGenerator()], max_steps=1, save_strategy="steps", save_steps=1
+        ).train()
+    assert sorted(p.name for p in tmp_path.glob("*.jsonl")) == ["rollouts.1.jsonl", "rollouts.jsonl"]
+    trainer = make_trainer(tokenizer, tmp_path, [AtlasRolloutGenerator()], max_steps=2)
+    trainer.train(resume_from_checkpoint=True)
+    assert sorted(p.name for p in tmp_path.glob("*.jsonl")) == ["rollouts.1.jsonl", "rollouts.jsonl"]
+    assert [row["step"] for row in rows_of(tmp_path) if row["kind"] == "step"] == [1, 2]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from atlas_rl.config import AtlasConfig, EngineConfig, read_yaml
 from atlas_rl.types import SamplingParams
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from atlas_rl.control.cost_model import SAMPLES_KEPT, StepCost, bucket_of
 from atlas_rl.control.lookahead import MIN_GAIN, choose_draft_lens
 from atlas_rl.control.trust import Trust
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 PROBS = st.lists(st.lists(st.floats(0, 1), max_size=3).map(lambda p: sorted(p, reverse=True)), min_size=1, max_size=3)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from atlas_rl.engine.kv_cache import BlockPool, KVCache, KVShape, OutOfBlocks
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+
+from atlas_rl.engine.kv_cache import BlockPool, KVCache, KVShape, OutOfBlocks
 
 
 class PoolMachine(RuleBasedStateMachine):

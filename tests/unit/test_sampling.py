@@ -5,9 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from atlas_kernels import gumbel_noise
-from atlas_rl.engine.sampling import SamplingBatch, count_accepted, filter_scores, sample, seen_tokens
-from atlas_rl.types import SamplingParams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -18,6 +15,10 @@ from transformers.generation import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from atlas_kernels import gumbel_noise
+from atlas_rl.engine.sampling import SamplingBatch, count_accepted, filter_scores, sample, seen_tokens
+from atlas_rl.types import SamplingParams
 
 FILTERS = {
     "none": {},
@@ -31,7 +32,10 @@ FILTERS = {
 
 def make_batch(params: SamplingParams, num_rows: int, seed: int = 0, seen=None) -> SamplingBatch:
     return SamplingBatch(
-        params=params, seeds_N=torch.arange(num_rows) + seed * 10**9, positions_N=torch.arange(num_rows) % 50, seen_NV=seen
+        params=params,
+        seeds_N=torch.arange(num_rows) + seed * 10**9,
+        positions_N=torch.arange(num_rows) % 50,
+        seen_NV=seen,
     )
 
 
@@ -41,7 +45,9 @@ def transformers_processors(params: SamplingParams, prompt_len: int) -> LogitsPr
         processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
     if params.min_new_tokens:
         processors.append(
-            MinNewTokensLengthLogitsProcessor(prompt_len, params.min_new_tokens, list(params.eos_token_ids), device="cpu")
+            MinNewTokensLengthLogitsProcessor(
+                prompt_len, params.min_new_tokens, list(params.eos_token_ids), device="cpu"
+            )
         )
     if params.temperature not in (0, 1):
         processors.append(TemperatureLogitsWarper(params.temperature))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from atlas_rl.engine.kv_cache import BlockPool
 from atlas_rl.engine.scheduler import Scheduler
 from atlas_rl.engine.sequence import PromptGroup, Sequence
 from atlas_rl.types import RolloutRequest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 BLOCK_SIZE = 4
-GROUPS = st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(1, 25), min_size=1, max_size=6)), min_size=1, max_size=5)
+GROUPS = st.lists(
+    st.tuples(st.integers(1, 30), st.lists(st.integers(1, 25), min_size=1, max_size=6)), min_size=1, max_size=5
+)
 
 
 def make_groups(shapes: list[tuple[int, list[int]]]) -> list[PromptGroup]:

@@ -1,0 +1,7 @@
+"""`python -m atlas_rl …` is `atlas-rl …`."""
+
+import sys
+
+from atlas_rl.cli import main
+
+sys.exit(main())

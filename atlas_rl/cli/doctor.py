@@ -1,0 +1,169 @@
+"""Say what works on this machine, what does not and why.
+
+Looks at Python, torch, the accelerator, Triton and the libraries around TRL, and lets the engine generate with a tiny
+random model, compared with `model.generate`. Exit code 0 if all that Atlas-RL needs works, 1 if not.
+
+example:
+  atlas-rl doctor
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+OK, OPTIONAL, BROKEN = "works", "absent", "broken"
+STYLES = {OK: "green", OPTIONAL: "yellow", BROKEN: "bold red"}
+
+LIBRARIES = ("transformers", "trl", "accelerate", "datasets")
+OPTIONAL_LIBRARIES = {
+    "peft": "LoRA policies: pip install 'atlas-rl[peft]'",
+    "deepspeed": "ZeRO: pip install 'atlas-rl[deepspeed]'",
+    "reasoning_gym": "the embedded tasks: pip install 'atlas-rl[tasks]'",
+    "kernels": "Hugging Face's kernel hub; Atlas-RL does not need it",
+}
+
+
+class Finding(NamedTuple):
+    name: str
+    status: str
+    detail: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """No arguments."""
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="Atlas-RL on this machine", title_justify="left", padding=(0, 1))
+    for column in ("", "status", "detail"):
+        table.add_column(column, no_wrap=column == "status")
+    findings = list(examine())
+    for name, status, detail in findings:
+        table.add_row(name, Text(status, STYLES[status]), Text(detail))
+    Console().print(table)
+    broken = [finding.name for finding in findings if finding.status == BROKEN]
+    print(f"Does not work: {', '.join(broken)}" if broken else "Everything that Atlas-RL needs works here.")
+    return 1 if broken else 0
+
+
+def examine() -> Iterator[Finding]:
+    yield _python()
+    yield _probe("memory", _memory)
+    found = _probe("torch", _torch)
+    yield found
+    if found.status == OK:
+        packed = _probe("packed linears", _packed_linear)
+        yield packed if packed.status == OK else packed._replace(status=OPTIONAL)  # they only make it faster
+        yield _accelerator()
+        yield _triton()
+    for name in LIBRARIES:
+        yield _library(name, BROKEN, "missing: pip install atlas-rl")
+    for name, purpose in OPTIONAL_LIBRARIES.items():
+        yield _library(name, OPTIONAL, f"not installed ({purpose})")
+    compiler = shutil.which("g++") or shutil.which("c++")
+    yield Finding("C++ compiler", OK if compiler else OPTIONAL, compiler or "none: DeepSpeed on CPUs builds with one")
+    yield _probe("engine", _engine)
+
+
+def _probe(name: str, check: Callable[[], str]) -> Finding:
+    """A check returns what it saw; whatever it raises is the finding."""
+    try:
+        return Finding(name, OK, check())
+    except Exception as error:
+        return Finding(name, BROKEN, f"{type(error).__name__}: {error}")
+
+
+def _python() -> Finding:
+    status = OK if sys.version_info >= (3, 10) else BROKEN
+    return Finding("Python", status, f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+
+
+def _memory() -> str:
+    import psutil  # comes with accelerate
+
+    return f"{psutil.virtual_memory().available / 2**30:.1f} GiB free, {os.cpu_count()} CPUs"
+
+
+def _torch() -> str:
+    import torch
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{torch.__version__}, {capability} on CPU, {torch.get_num_threads()} threads"
+
+
+def _packed_linear() -> str:
+    """The engine packs Linear weights on CPU with these ops of torch's oneDNN build."""
+    import torch
+
+    weight, x = torch.randn(64, 32), torch.randn(4, 32)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+    out = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    error = (out - x @ weight.T).abs().max().item()
+    if error > 1e-4:
+        raise RuntimeError(f"the packed product is off by {error:.1e}: set atlas.engine.pack_linears to false")
+    return f"oneDNN packs Linear weights (error {error:.0e})"
+
+
+def _accelerator() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("accelerator", OPTIONAL, "none: rollouts and training run on the CPU")
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return Finding(
+        "accelerator", OK, f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, {memory:.0f} GiB"
+    )
+
+
+def _triton() -> Finding:
+    import torch
+
+    if importlib.util.find_spec("triton") is None:
+        return Finding("Triton", OPTIONAL, "not installed: kernels run as plain torch")
+    from atlas_rl.cli import triton_probe
+
+    name = f"Triton {version('triton')}"
+    if torch.cuda.is_available():
+        return _probe(name, triton_probe.run_on_accelerator)
+    return Finding(name, OPTIONAL, _probe(name, triton_probe.compile_for_h100).detail)
+
+
+def _library(name: str, status_if_missing: str, remedy: str) -> Finding:
+    try:
+        return Finding(name, OK, version(name))
+    except PackageNotFoundError:
+        return Finding(name, status_if_missing, remedy)
+
+
+def _engine() -> str:
+    """Greedy completions of a tiny random Llama, by the engine and by transformers."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from atlas_rl import AtlasRolloutGenerator, SamplingParams
+
+    state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    torch.random.set_rng_state(state)
+    prompt, length = list(range(5, 25)), 32
+    expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=length, min_new_tokens=length)
+    sampling = SamplingParams(temperature=0, max_new_tokens=length, ignore_eos=True)
+    with AtlasRolloutGenerator().attach(model) as atlas:
+        (rollout,) = atlas.generate([prompt], sampling=sampling)
+    if rollout.token_ids != expected[0, len(prompt) :].tolist():
+        raise RuntimeError("greedy tokens of a tiny Llama differ from model.generate: please report this machine")
+    return f"{length} greedy tokens of a tiny Llama equal model.generate's"

@@ -1,0 +1,131 @@
+"""Train a policy with a TRL trainer whose rollouts are made by Atlas.
+
+Fields are TRL's own, in a YAML file or on the command line (`trl grpo --help` lists them), plus a section `atlas:`
+in the YAML (on the command line: --atlas.FIELD VALUE). A TRL config file runs unchanged. Without model_name_or_path
+the policy that ships with Atlas-RL is trained; without dataset_name it trains on generated reasoning tasks.
+
+examples:
+  the embedded run, a few minutes on a laptop CPU
+    atlas-rl train --config configs/quickstart.yaml
+  the same, shorter, and with plain decoding for comparison
+    atlas-rl train --config configs/quickstart.yaml --max_steps 10 --atlas.speculate false
+  your own model, data and reward (a function in my_rewards.py of this folder)
+    atlas-rl train --config my.yaml --model_name_or_path ./my-model --dataset_name data.jsonl \\
+        --reward_funcs my_rewards.exact_match
+  on four GPUs: launcher flags go to `accelerate launch`, as they do in `trl`
+    atlas-rl train --config my.yaml --num_processes 4 --accelerate_config zero2
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from atlas_rl.cli import did_you_mean
+from atlas_rl.config import AtlasConfig, read_yaml
+
+TRAINERS = ("grpo",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "atlas-rl train [grpo] [--config FILE] [--field value …] [--atlas.field value …]"
+    parser.add_argument("trainer", help="the TRL trainer: grpo (the default)")
+    parser.add_argument("--config", metavar="FILE", help="YAML with TRL's fields and a section `atlas:`")
+    parser.add_argument("--launched", action="store_true", help=argparse.SUPPRESS)  # set for processes of a launcher
+
+
+def with_trainer_name(argv: list[str]) -> list[str]:
+    """The trainer's name stands first, or is left out: then it is grpo."""
+    return argv if argv and not argv[0].startswith("-") else ["grpo", *argv]
+
+
+def run(args: argparse.Namespace, overrides: list[str]) -> int:
+    if args.trainer not in TRAINERS:
+        raise ValueError(
+            f"unknown trainer {args.trainer!r}{did_you_mean(args.trainer, TRAINERS)} (known: {TRAINERS[0]})"
+        )
+    if args.config is None and not overrides:
+        raise ValueError("nothing says what to train: give --config FILE, for a start configs/quickstart.yaml")
+    config = read_yaml(args.config) if args.config else {}
+    atlas_overrides, overrides = split_atlas(overrides)
+    atlas = atlas_config(config.pop("atlas", None), atlas_overrides)
+    _export(config.pop("env", None))
+
+    from atlas_rl.cli.checks import check_inputs
+
+    check_inputs({**config, **given_values(overrides)})
+
+    from atlas_rl.cli import trl_arguments
+
+    arguments = trl_arguments.parse(args.trainer, config, overrides)
+    if arguments.launch_flags and not args.launched:
+        config_flag = ["--config", args.config] if args.config else []
+        atlas_flags = [f"--atlas.{name}={value}" for name, value in atlas_overrides]
+        script = [args.trainer, "--launched", *config_flag, *arguments.script_flags, *atlas_flags]
+        return trl_arguments.launch(arguments.launch_flags, ["train", *script])
+
+    from atlas_rl.cli.trl_run import train
+
+    train(arguments, atlas)
+    return 0
+
+
+def split_atlas(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Take `--atlas.field value` and `--atlas.field=value` out of a command line: (field, value) pairs, the rest."""
+    pairs, rest, tokens = [], [], iter(argv)
+    for token in tokens:
+        if not token.startswith("--atlas."):
+            rest.append(token)
+            continue
+        name, has_value, value = token.removeprefix("--atlas.").partition("=")
+        if not has_value:
+            value = next(tokens, "--")
+            if value.startswith("--"):
+                raise ValueError(f"{token} needs a value, as in `{token} VALUE`")
+        pairs.append((name, value))
+    return pairs, rest
+
+
+def atlas_config(section: Any, overrides: list[tuple[str, str]]) -> AtlasConfig:
+    """The YAML's `atlas:` section with the command line's values over it. Values are read as YAML would read them."""
+    import yaml
+
+    values: dict[str, Any] = section if section is not None else {}
+    try:
+        for name, text in overrides:
+            *parents, leaf = name.split(".")
+            target = values
+            for parent in parents:
+                target = target.setdefault(parent, {})
+            target[leaf] = yaml.safe_load(text)
+        return AtlasConfig.from_dict(values)
+    except (TypeError, AttributeError):
+        raise ValueError(f"atlas: {name} is no field inside a section: {values!r} is not a mapping") from None
+    except yaml.YAMLError:
+        raise ValueError(f"atlas: --atlas.{name} {text} is not a YAML value: quote it") from None
+    except ValueError as error:
+        raise ValueError(f"atlas: {error}") from None
+
+
+def given_values(argv: list[str]) -> dict[str, Any]:
+    """`--name value …` pairs of a command line by field name, unparsed: one string, or a list where several follow."""
+    values: dict[str, list[str]] = {}
+    name = None
+    for token in argv:
+        if token.startswith("--"):
+            flag, has_value, value = token.removeprefix("--").partition("=")
+            name = flag.replace("-", "_")
+            values[name] = [value] if has_value else []
+        elif name is not None:
+            values[name].append(token)
+    return {name: given[0] if len(given) == 1 else given for name, given in values.items()}
+
+
+def _export(env: Any) -> None:
+    """TRL's `env:` mapping. Exported before torch is imported, so that variables such as OMP_NUM_THREADS count."""
+    if env is None:
+        return
+    if not isinstance(env, dict):
+        raise ValueError(f"env must map names of environment variables to values, got {env!r}")
+    os.environ.update({str(name): str(value) for name, value in env.items()})

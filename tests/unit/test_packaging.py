@@ -1,0 +1,51 @@
+"""The tree as a package: its folder `kernels/` must never stand in for Hugging Face's package of that name."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import atlas_rl
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_at_root(code: str, **env: str) -> str:
+    """With `python -c`, the current folder is the first place that imports look at."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_kernels_folder_is_no_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_transformers_imports_at_the_root_where_kernels_is_installed(tmp_path):
+    """Both import orders that matter: our folder comes first on sys.path, the installed package must win."""
+    installed = tmp_path / "kernels"
+    installed.mkdir()
+    (installed / "__init__.py").write_text("__version__ = '0.0.1'\nNAME = 'the installed one'\n")
+    code = "import kernels; from transformers import LlamaForCausalLM; import atlas_kernels; print(kernels.NAME)"
+    assert run_at_root(code, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT / 'kernels'}") == "the installed one"
+
+
+def test_transformers_imports_at_the_root_where_kernels_is_not_installed():
+    code = "from transformers import LlamaForCausalLM; print(LlamaForCausalLM.__name__)"
+    assert run_at_root(code) == "LlamaForCausalLM"
+
+
+def test_atlas_kernels_does_not_know_atlas_rl():
+    code = "import sys, atlas_kernels; print('atlas_rl' in sys.modules)"
+    assert run_at_root(code, PYTHONPATH=str(ROOT / "kernels")) == "False"
+
+
+def test_import_is_light():
+    assert run_at_root("import sys, atlas_rl; print('torch' in sys.modules)") == "False"
+
+
+def test_version_is_stated_once_and_the_same():
+    stated = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert stated is not None and stated.group(1) == atlas_rl.__version__
