@@ -60,8 +60,9 @@ class AtlasRolloutGenerator(TrainerCallback):
         """Figures of the last rollout."""
         self.call_place: tuple[str, int] = ("", -1)
         self.num_calls = 0
-        self.unlogged: dict[str, list[RolloutStats]] = {phase: [] for phase in PHASES}
-        self.step_rollouts: list[RolloutStats] = []
+        self.unlogged: dict[str, RolloutStats] = {}
+        """By phase, the sums since `Trainer.log` last took them."""
+        self.step_stats: RolloutStats | None = None
         self.step_start = 0.0
         self.had_gradient_checkpointing = False
         self.told_reasons: set[str] = set()
@@ -211,9 +212,10 @@ class AtlasRolloutGenerator(TrainerCallback):
 
     def _record(self, row_fields: dict[str, Any], stats: RolloutStats) -> None:
         self.stats = stats
-        self.unlogged[row_fields["phase"]].append(stats)
-        if row_fields["phase"] == "train":
-            self.step_rollouts.append(stats)
+        phase = row_fields["phase"]
+        self.unlogged[phase] = RolloutStats.total(part for part in (self.unlogged.get(phase), stats) if part)
+        if phase == "train":
+            self.step_stats = RolloutStats.total(part for part in (self.step_stats, stats) if part)
         self._write({"kind": "rollout"} | row_fields | stats.to_dict())
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -230,10 +232,10 @@ class AtlasRolloutGenerator(TrainerCallback):
 
     def pop_metrics(self, phase: str) -> dict[str, float]:
         """Figures since the last call, named as the trainer's metrics are; `Trainer.log` merges them."""
-        rollouts, self.unlogged[phase] = self.unlogged[phase], []
-        if not rollouts:
+        stats = self.unlogged.pop(phase, None)
+        if stats is None:
             return {}
-        row = RolloutStats.total(rollouts).to_dict()
+        row = stats.to_dict()
         metrics = {
             name: row[name] for name in ("tokens_per_s", "tokens_per_decode_step", "speedup_estimate") if name in row
         }
@@ -259,13 +261,14 @@ class AtlasRolloutGenerator(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
         self.state = state
         self.step_start = time.perf_counter()
-        self.step_rollouts.clear()
+        self.step_stats = None
         self.had_gradient_checkpointing = _is_checkpointing(self.model)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         seconds = time.perf_counter() - self.step_start
         row = {"kind": "step", "phase": "train", "step": state.global_step, "rank": self._rank()}
-        self._write(row | {"step_seconds": round(seconds, 6)} | RolloutStats.total(self.step_rollouts).to_dict())
+        figures = self.step_stats.to_dict() if self.step_stats else {}  # a step may train on an earlier step's rollouts
+        self._write(row | {"step_seconds": round(seconds, 6)} | figures)
 
     def _restore_gradient_checkpointing(self) -> None:
         """TRL switches it off around `generate`, and does not switch it on again after an exception."""

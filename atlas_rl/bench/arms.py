@@ -43,7 +43,9 @@ class ForcedLength(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         ends_now = self.ends == input_ids.shape[1] + 1
-        scores[:, self.eos_id] = torch.where(ends_now, torch.inf, -torch.inf)
+        scores[:, self.eos_id] = -torch.inf
+        scores[ends_now] = -torch.inf
+        scores[ends_now, self.eos_id] = 0.0
         return scores
 
 

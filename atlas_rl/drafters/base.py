@@ -26,7 +26,7 @@ class Draft(NamedTuple):
     token_ids: list[int]
     """May be empty."""
     probs: list[float]
-    """probs[i]: estimated probability that tokens 0..i are all accepted; non-increasing, so that their sum is the expected gain."""
+    """probs[i]: estimated probability that tokens 0..i are all accepted; non-increasing; their sum is the expected gain."""
 
 
 NO_DRAFT = Draft([], [])

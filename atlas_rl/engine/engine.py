@@ -203,7 +203,8 @@ class RolloutEngine:
             stats.kv_peak_bytes = self.scheduler.pool.peak_used * self.runner.kv_cache.shape.block_bytes
         self.sleep()
         stats.seconds["total"] = time.perf_counter() - start
-        if stats.drafters and not stats.preemptions and len(sequences) <= self.config.engine.max_num_seqs:
+        in_one_batch = not stats.preemptions and len(sequences) <= self.config.engine.max_num_seqs
+        if self.speculator.drafter is not None and in_one_batch and self.step_cost.counts:
             fixed = stats.seconds["prefill"] + stats.seconds["refresh"]
             stats.plain_seconds_estimate = fixed + self._plain_decode_seconds(
                 [len(seq.output_ids) for seq in sequences]

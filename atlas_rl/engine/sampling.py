@@ -93,12 +93,11 @@ def seen_tokens(seen_RV: torch.Tensor, query_lens: np.ndarray, input_ids_N: torc
     seen_RV holds each row's own tokens, its last one included; input_ids_N are that last token and the drafts.
     """
     seen_NV = seen_RV.repeat_interleave(torch.from_numpy(query_lens).to(seen_RV.device), dim=0)
-    starts = np.repeat(np.cumsum(query_lens) - query_lens, query_lens)
-    depth_N = np.arange(len(starts)) - starts
-    for depth in range(1, int(depth_N.max(initial=0)) + 1):
-        for later in range(depth, int(depth_N.max()) + 1):
-            places = np.flatnonzero(depth_N == later)
-            seen_NV[places, input_ids_N[places - later + depth]] = True
+    starts = np.cumsum(query_lens) - query_lens
+    for depth in range(1, int(query_lens.max())):
+        places = torch.from_numpy(starts[query_lens > depth] + depth).to(seen_RV.device)
+        seen_NV[places] = seen_NV[places - 1]
+        seen_NV[places, input_ids_N[places]] = True
     return seen_NV
 
 

@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
+from conftest import make_engine
+from stories import load_stories260k
+
 from atlas_rl.bench.output_law import check_output_law
 from atlas_rl.config import AtlasConfig
 from atlas_rl.drafters.suffix import SuffixDrafter
 from atlas_rl.types import RolloutRequest, SamplingParams
-from conftest import make_engine
-from stories import load_stories260k
 
 SAMPLING = SamplingParams(max_new_tokens=100)
 
