@@ -15,6 +15,10 @@ from transformers import AttentionInterface
 from atlas_rl.engine.batch import ForwardBatch
 
 NAME = "atlas"
+HARMLESS = frozenset(
+    {"position_ids", "use_cache", "is_causal", "output_attentions", "output_hidden_states", "layer_type"}
+)
+"""Keywords that modules pass on and that change nothing here."""
 
 
 def atlas_attention(
@@ -28,14 +32,21 @@ def atlas_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """softmax(scaling * Q K^T [soft-capped] + mask) V over the row's own KV. Returns [1, N, H, D]."""
+    """softmax(scaling * Q K^T [soft-capped] + mask) V over the row's own KV. Returns [1, N, H, D].
+
+    A keyword that is not known here (attention sinks, position biases) would be ignored at the price of wrong tokens: it raises.
+    """
+    unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in HARMLESS)
+    if unknown or attention_mask is not None or dropout:
+        raise NotImplementedError(f"its attention takes {', '.join(unknown) or 'a mask or dropout'}")
     layer = module.layer_idx
     atlas.kv_cache.store(layer, atlas.slots_N, key_1HND[0].transpose(0, 1), value_1HND[0].transpose(0, 1))
     keys_RSHD, values_RSHD = atlas.kv_cache.gather(layer, atlas.blocks_RM)
     query_RQHD = atlas.pad_queries(query_1HND[0].transpose(0, 1)).to(keys_RSHD.dtype)
-    mask = atlas.mask(sliding_window, keys_RSHD.dtype)
+    mask = atlas.mask(sliding_window, keys_RSHD.dtype, query_RQHD.shape[2] // keys_RSHD.shape[2])
     output_RQHD = _attend(query_RQHD, keys_RSHD, values_RSHD, mask, scaling, softcap)
     return atlas.unpad(output_RQHD).unsqueeze(0), None
 
@@ -44,17 +55,16 @@ def _attend(
     query_RQHD: torch.Tensor,
     keys_RSHD: torch.Tensor,
     values_RSHD: torch.Tensor,
-    mask_R1QS: torch.Tensor,
+    mask: torch.Tensor,
     scaling: float | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """The query heads that share a KV head are stacked along Q, so that keys and values are never repeated."""
+    """The query heads that share a KV head are stacked along Q (as `mask` is), so that keys and values are never repeated."""
     num_rows, query_len, num_heads, head_dim = query_RQHD.shape
     num_kv_heads = keys_RSHD.shape[2]
     groups = num_heads // num_kv_heads
     query = query_RQHD.view(num_rows, query_len, num_kv_heads, groups, head_dim).permute(0, 2, 3, 1, 4)
     query = query.reshape(num_rows, num_kv_heads, groups * query_len, head_dim)
-    mask = mask_R1QS.repeat(1, 1, groups, 1) if groups > 1 else mask_R1QS
     keys, values = keys_RSHD.transpose(1, 2), values_RSHD.transpose(1, 2)
     if softcap is None:
         output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)

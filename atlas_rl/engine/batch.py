@@ -17,6 +17,9 @@ from atlas_rl.engine.kv_cache import KVCache
 @dataclass(slots=True, kw_only=True)
 class ForwardBatch:
     kv_cache: KVCache
+    input_ids: np.ndarray
+    positions: np.ndarray
+    """[N] tokens and their positions, as the host knows them."""
     input_ids_N: torch.Tensor
     positions_N: torch.Tensor
     slots_N: torch.Tensor
@@ -29,7 +32,7 @@ class ForwardBatch:
     """Positions by row; a row's padding repeats its last one."""
     padded_index_N: torch.Tensor | None
     """Place of each token among R * Q padded ones; None where no row is padded."""
-    masks: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int | None, torch.dtype, int], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -64,6 +67,8 @@ class ForwardBatch:
 
         return cls(
             kv_cache=kv_cache,
+            input_ids=flat_ids,
+            positions=positions_N,
             input_ids_N=to_device(flat_ids),
             positions_N=to_device(positions_N),
             slots_N=to_device(slots_N),
@@ -82,9 +87,9 @@ class ForwardBatch:
     def num_tokens(self) -> int:
         return len(self.input_ids_N)
 
-    def mask(self, sliding_window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """Additive causal mask [R, 1, Q, S], built once per forward for all layers of one kind."""
-        key = (sliding_window, dtype)
+    def mask(self, sliding_window: int | None, dtype: torch.dtype, num_copies: int) -> torch.Tensor:
+        """Additive causal mask [R, 1, num_copies * Q, S], built once per forward for all layers of one kind."""
+        key = (sliding_window, dtype, num_copies)
         if key not in self.masks:
             num_slots = self.blocks_RM.shape[1] * self.kv_cache.shape.block_size
             slots_S = torch.arange(num_slots, device=self.positions_N.device)
@@ -93,7 +98,7 @@ class ForwardBatch:
             if sliding_window is not None:
                 hidden |= distance_RQS >= sliding_window
             mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
-            self.masks[key] = mask[:, None]
+            self.masks[key] = mask[:, None].repeat(1, 1, num_copies, 1)
         return self.masks[key]
 
     def pad_queries(self, query_NHD: torch.Tensor) -> torch.Tensor:

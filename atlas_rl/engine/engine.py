@@ -12,6 +12,7 @@ import torch
 from atlas_rl.config import AtlasConfig
 from atlas_rl.control.cost_model import FixedStepCost, StepCost
 from atlas_rl.drafters.base import Drafter
+from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.kv_cache import BlockPool, KVCache
 from atlas_rl.engine.memory import kv_blocks
 from atlas_rl.engine.policy_view import PolicyView
@@ -24,6 +25,9 @@ from atlas_rl.telemetry.stats import RolloutStats
 from atlas_rl.types import Rollout, RolloutRequest, SamplingParams
 
 logger = logging.getLogger(__name__)
+
+MAX_LOGITS = 2**25
+"""Logits made at once: 128 MiB in float32."""
 
 
 class RolloutEngine:
@@ -50,14 +54,18 @@ class RolloutEngine:
         self.scheduler: Scheduler | None = None
         self.runner: ModelRunner | None = None
         self.num_rows = 0
+        self.weights_changed = False
+        """Set by whoever knows that the weights have changed; changes that show in them are found without it."""
+        self.plain_decode_seconds = 0.0
+        """Estimate for the current rollout: its decode steps as they would have been without drafts."""
         self.unbilled_seconds = 0.0
         """What building the view took: the next rollout's time, counted as its refresh."""
 
     def refresh(self) -> None:
         """Take over the trainer's weights if they have changed since the last rollout."""
-        if self.view.is_stale():
-            self.view.refresh()
+        if self.view.refresh(force=self.weights_changed):
             self.speculator.policy_updated()
+        self.weights_changed = False
 
     @torch.inference_mode()
     def generate(self, requests: list[RolloutRequest], sampling: SamplingParams) -> list[Rollout]:
@@ -72,7 +80,7 @@ class RolloutEngine:
         if not requests:
             return []
         start = time.perf_counter() - self.unbilled_seconds
-        self.unbilled_seconds = 0.0
+        self.unbilled_seconds = self.plain_decode_seconds = 0.0
         requests = self._checked(requests)
         sequences = self._make_sequences(requests, sampling)
         groups = self._group(sequences)
@@ -111,7 +119,7 @@ class RolloutEngine:
             start = time.perf_counter()
             self.runner.prefill(chunks)
             started, copies = self.scheduler.commit_prefill(chunks)
-            self.runner.kv_cache.copy_blocks(*map(list, zip(*copies, strict=True))) if copies else None
+            self.runner.kv_cache.copy_blocks(copies)
             self.stats.seconds["prefill"] += time.perf_counter() - start
             self.speculator.admit(started)
         else:
@@ -120,33 +128,56 @@ class RolloutEngine:
     def _decode(self, sampling: SamplingParams) -> None:
         """One decode step: draft, verify, sample, commit."""
         start, drafting_before = time.perf_counter(), self.stats.seconds["draft"]
-        preempted = self.scheduler.reserve()
-        self.speculator.release(preempted, finished=False)
+        self.speculator.release(self.scheduler.reserve(), finished=False)
         sequences = self.scheduler.running
-        if not sequences:
+        if not sequences:  # a lone sequence made room for prefills in flight
             return
         drafts = self.speculator.draft(self.scheduler, self.stats)
 
         drafted = time.perf_counter()
-        batch, logits_NV = self.runner.verify(sequences, drafts)
+        batch, hidden_ND = self.runner.verify(sequences, drafts)
         verified = time.perf_counter()
-        tokens_N, logprobs_N = sample(logits_NV, self._sampling_batch(sampling, sequences, batch))
-        tokens, logprobs = tokens_N.cpu().numpy(), logprobs_N.cpu().numpy()
-        accepted = count_accepted(tokens, batch.input_ids_N.cpu().numpy(), batch.query_lens)
+        tokens, logprobs = self._sample(sampling, sequences, batch, hidden_ND)
+        accepted = count_accepted(tokens, batch.input_ids, batch.query_lens)
         finished, num_accepted = self._commit(sequences, batch.query_lens, tokens, logprobs, accepted, sampling)
         sampled = time.perf_counter()
         self.speculator.observe(sequences, [len(draft) for draft in drafts], num_accepted, self.stats)
         self.speculator.release(finished, finished=True)
         self.scheduler.retire(finished)
 
+        self.stats.seconds["verify"] += verified - drafted
+        self.stats.seconds["sample"] += sampled - verified
+        drafting = self.stats.seconds["draft"] - drafting_before
+        num_emitted = len(sequences) + sum(num_accepted)
+        self._record_step(len(sequences), batch.num_tokens, num_emitted, time.perf_counter() - start - drafting)
+
+    def _record_step(self, num_rows: int, num_tokens: int, num_emitted: int, seconds: float) -> None:
+        """Count a decode step, and what plain decoding would have taken to emit as much: as many steps as rows emitted tokens
+        on average, each as much shorter as measured steps over `num_rows` tokens are than steps over `num_tokens`."""
         stats = self.stats
         stats.decode_steps += 1
-        stats.row_steps += len(sequences)
-        stats.seconds["verify"] += verified - drafted
-        stats.seconds["sample"] += sampled - verified
+        stats.row_steps += num_rows
         if stats.decode_steps > 1:  # the first step of a rollout runs on cold caches, after a training step
-            drafting = stats.seconds["draft"] - drafting_before
-            self.step_cost.record(batch.num_tokens, time.perf_counter() - start - drafting)
+            self.step_cost.record(num_tokens, seconds)
+        scale = 1.0
+        if num_tokens > num_rows and self.step_cost.seconds(num_tokens) is not None:
+            scale = min(1.0, self.step_cost.seconds(num_rows) / self.step_cost.seconds(num_tokens))
+        self.plain_decode_seconds += seconds * scale * num_emitted / num_rows
+
+    def _sample(
+        self, sampling: SamplingParams, sequences: list[Sequence], batch: ForwardBatch, hidden_ND: torch.Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Token and log-prob after each of the batch's N places, in slices of rows that bound the logits' memory."""
+        places = self._sampling_batch(sampling, sequences, batch)
+        num_rows = max(1, MAX_LOGITS // self.view.vocab_size)
+        drawn = [
+            sample(self.view.logits(hidden_ND[i : i + num_rows]), places.rows(slice(i, i + num_rows)))
+            for i in range(0, len(hidden_ND), num_rows)
+        ]
+        tokens_N, logprobs_N = (torch.cat(part) for part in zip(*drawn, strict=True))
+        # one copy to the host: float64 holds every token id and every log-prob exactly
+        tokens, logprobs = torch.stack([tokens_N.double(), logprobs_N.double()]).cpu().numpy()
+        return tokens.astype(np.int64), logprobs
 
     def _commit(
         self,
@@ -175,20 +206,21 @@ class RolloutEngine:
                 finished.append(seq)
         return finished, num_accepted
 
-    def _sampling_batch(self, sampling: SamplingParams, sequences: list[Sequence], batch) -> SamplingBatch:
+    def _sampling_batch(
+        self, sampling: SamplingParams, sequences: list[Sequence], batch: ForwardBatch
+    ) -> SamplingBatch:
         """Seeds and completion positions of every place in the batch."""
-        device = batch.input_ids_N.device
-        seeds = np.repeat(np.fromiter((s.request.seed for s in sequences), np.int64, len(sequences)), batch.query_lens)
-        # place p of a row (0: after its last token) draws completion token num_tokens - prompt_len + p
-        shift = np.fromiter((len(s.prompt_ids) - 1 for s in sequences), np.int64, len(sequences))
-        positions = batch.positions_N.cpu().numpy() - np.repeat(shift, batch.query_lens)
+        num_rows, lens, device = len(sequences), batch.query_lens, batch.input_ids_N.device
+        seeds = np.repeat(np.fromiter((seq.request.seed for seq in sequences), np.int64, num_rows), lens)
+        # the token after position p is completion token p + 1 - prompt_len
+        shift = np.repeat(np.fromiter((len(seq.prompt_ids) - 1 for seq in sequences), np.int64, num_rows), lens)
         seen_NV = None
         if sampling.repetition_penalty != 1:
-            seen_NV = seen_tokens(torch.stack([s.seen_V for s in sequences]), batch.query_lens, batch.input_ids_N)
+            seen_NV = seen_tokens(torch.stack([seq.seen_V for seq in sequences]), lens, batch.input_ids_N)
         return SamplingBatch(
             params=sampling,
-            seeds_N=torch.from_numpy(seeds).to(device),
-            positions_N=torch.from_numpy(positions).to(device),
+            seeds_N=torch.from_numpy(seeds).to(device, non_blocking=True),
+            positions_N=torch.from_numpy(batch.positions - shift).to(device, non_blocking=True),
             seen_NV=seen_NV,
         )
 
@@ -203,20 +235,10 @@ class RolloutEngine:
             stats.kv_peak_bytes = self.scheduler.pool.peak_used * self.runner.kv_cache.shape.block_bytes
         self.sleep()
         stats.seconds["total"] = time.perf_counter() - start
-        in_one_batch = not stats.preemptions and len(sequences) <= self.config.engine.max_num_seqs
-        if self.speculator.drafter is not None and in_one_batch and self.step_cost.counts:
-            fixed = stats.seconds["prefill"] + stats.seconds["refresh"]
-            stats.plain_seconds_estimate = fixed + self._plain_decode_seconds(
-                [len(seq.output_ids) for seq in sequences]
+        if self.speculator.drafter is not None:
+            stats.plain_seconds_estimate = (
+                stats.seconds["prefill"] + stats.seconds["refresh"] + self.plain_decode_seconds
             )
-
-    def _plain_decode_seconds(self, lens: list[int]) -> float:
-        """Measured seconds of the steps that decode these completions one token at a time, the batch draining as they end."""
-        total, previous = 0.0, 0
-        for num_shorter, length in enumerate(sorted(lens)):
-            total += (length - previous) * self.step_cost.seconds(len(lens) - num_shorter)
-            previous = length
-        return total
 
     def _checked(self, requests: list[RolloutRequest]) -> list[RolloutRequest]:
         """The requests, with lengths cut to what the model was made for."""

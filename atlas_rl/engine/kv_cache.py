@@ -37,6 +37,8 @@ class KVCache:
         dims = (shape.num_layers, num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
         self.keys_LNSHD = _zeros(dims, shape.dtype, device)
         self.values_LNSHD = _zeros(dims, shape.dtype, device)
+        self.workspaces: dict[str, torch.Tensor] = {}
+        """What `gather` fills, kept from layer to layer: fresh memory of this size costs a page fault every 4 KiB."""
 
     def store(self, layer: int, slots_N: torch.Tensor, key_NHD: torch.Tensor, value_NHD: torch.Tensor) -> None:
         """Write one token's key and value per slot."""
@@ -44,16 +46,22 @@ class KVCache:
         self.values_LNSHD[layer].flatten(0, 1).index_copy_(0, slots_N, value_NHD.to(self.shape.dtype))
 
     def gather(self, layer: int, blocks_RM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of R rows of M blocks each: two [R, M * block_size, H, D]."""
+        """Keys and values of R rows of M blocks each: two [R, M * block_size, H, D], valid until the next call."""
         num_rows, num_blocks = blocks_RM.shape
         dims = (num_rows, num_blocks * self.shape.block_size, self.shape.num_kv_heads, self.shape.head_dim)
         flat = blocks_RM.flatten()
-        keys = self.keys_LNSHD[layer].index_select(0, flat).view(dims)
-        return keys, self.values_LNSHD[layer].index_select(0, flat).view(dims)
+        keys = self._select("keys", self.keys_LNSHD[layer], flat)
+        return keys.view(dims), self._select("values", self.values_LNSHD[layer], flat).view(dims)
 
-    def copy_blocks(self, sources: list[int], targets: list[int]) -> None:
-        """Copy whole blocks, all layers at once."""
-        if sources:
+    def _select(self, name: str, source_NSHD: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        if name not in self.workspaces or len(self.workspaces[name]) < len(blocks):
+            self.workspaces[name] = source_NSHD.new_empty(len(blocks) * 5 // 4, *source_NSHD.shape[1:])
+        return torch.index_select(source_NSHD, 0, blocks, out=self.workspaces[name][: len(blocks)])
+
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Copy whole blocks from source to target, all layers at once."""
+        if copies:
+            sources, targets = map(list, zip(*copies, strict=True))
             self.keys_LNSHD[:, targets] = self.keys_LNSHD[:, sources]
             self.values_LNSHD[:, targets] = self.values_LNSHD[:, sources]
 

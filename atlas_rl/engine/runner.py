@@ -26,8 +26,8 @@ class ModelRunner:
         self.view.hidden_states(ForwardBatch.build(self.kv_cache, tokens, [c.start for c in chunks], tables))
 
     def verify(self, sequences: list[Sequence], drafts: list[list[int]]) -> tuple[ForwardBatch, torch.Tensor]:
-        """One forward over each row's last token and its draft: the batch, and logits [N, V] that follow each token."""
+        """One forward over each row's last token and its draft: the batch, and the hidden states [N, D] after each token."""
         tokens = [[seq.last_token, *draft] for seq, draft in zip(sequences, drafts, strict=True)]
         starts = [seq.num_computed for seq in sequences]
         batch = ForwardBatch.build(self.kv_cache, tokens, starts, [seq.block_table for seq in sequences])
-        return batch, self.view.logits(self.view.hidden_states(batch))
+        return batch, self.view.hidden_states(batch)

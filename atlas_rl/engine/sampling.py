@@ -10,7 +10,7 @@ Shapes: N tokens of all rows back to back, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,6 +29,11 @@ class SamplingBatch:
     """Index in the completion of the token to draw."""
     seen_NV: torch.Tensor | None = None
     """Tokens before each place, for the repetition penalty; None where there is no penalty."""
+
+    def rows(self, part: slice) -> SamplingBatch:
+        """Some of the places."""
+        seen_NV = None if self.seen_NV is None else self.seen_NV[part]
+        return replace(self, seeds_N=self.seeds_N[part], positions_N=self.positions_N[part], seen_NV=seen_NV)
 
 
 def sample(logits_NV: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +65,7 @@ def filter_scores(logits_NV: torch.Tensor, scaled_NV: torch.Tensor, batch: Sampl
         penalty = params.repetition_penalty
         penalised = torch.where(scaled_NV < 0, scaled_NV * penalty, scaled_NV / penalty)
         scores = torch.where(batch.seen_NV, penalised, scores)
-    stopping_ids = sorted({*params.eos_token_ids, *params.stop_token_ids})
+    stopping_ids = [i for i in {*params.eos_token_ids, *params.stop_token_ids} if 0 <= i < scores.shape[-1]]
     if params.min_new_tokens and stopping_ids:
         too_early_N = batch.positions_N < params.min_new_tokens
         forbidden_NV = torch.zeros_like(scores, dtype=torch.bool)

@@ -45,13 +45,15 @@ class Scheduler:
     def next_prefill(self) -> list[PrefillChunk]:
         """Admit what fits, then the next chunks to prefill; empty when every admitted prefix is computed."""
         self._admit()
-        chunks, budget = [], self.max_prefill_tokens
+        chunks, longest = [], 0
         for group in self.prefilling:
-            if budget == 0:
+            start = group.num_computed
+            end = min(len(group.prefix_ids), start + self.max_prefill_tokens)
+            # rows are padded to the longest one inside attention, so the padded size is what the budget bounds
+            longest = max(longest, end - start)
+            if chunks and (len(chunks) + 1) * longest > self.max_prefill_tokens:
                 break
-            end = min(len(group.prefix_ids), group.num_computed + budget)
-            budget -= end - group.num_computed
-            chunks.append(PrefillChunk(group, group.num_computed, end))
+            chunks.append(PrefillChunk(group, start, end))
         return chunks
 
     def commit_prefill(self, chunks: list[PrefillChunk]) -> tuple[list[Sequence], list[tuple[int, int]]]:
@@ -66,14 +68,14 @@ class Scheduler:
         self.running += started
         return started, copies
 
-    def reserve(self, num_tokens: int = 1) -> list[Sequence]:
-        """Give every running sequence blocks for `num_tokens` more, oldest first; returns those preempted for it."""
+    def reserve(self) -> list[Sequence]:
+        """Give every running sequence room for one more token, oldest first; returns those preempted for it."""
         preempted = []
         position = 0
         while position < len(self.running):
             seq = self.running[position]
             try:
-                self.pool.grow(seq.block_table, seq.num_computed + num_tokens)
+                self.pool.grow(seq.block_table, seq.num_computed + 1)
                 position += 1
             except OutOfBlocks:
                 assert len(self.running) > 1 or self.prefilling, "the pool was checked to hold one sequence"
@@ -119,25 +121,19 @@ class Scheduler:
             # one spare block per admitted sequence keeps a fresh group from being preempted in its first steps
             headroom = 0 if idle else num_admitted
             # beyond its full prefix blocks every sequence needs one of its own: partial block and next token
-            needed = len(group.prefix_ids) // self.pool.block_size + len(group.sequences)
-            fits = needed + headroom <= self.pool.num_free and num_admitted + len(group.sequences) <= self.max_num_seqs
-            if not fits and len(group.sequences) > 1 and idle:
-                self._split(group)
-                continue
-            if not fits:
+            num_spare = self.pool.num_free - headroom - len(group.prefix_ids) // self.pool.block_size
+            num_fitting = min(len(group.sequences), num_spare, self.max_num_seqs - num_admitted)
+            # a part of a group costs a prefill of its own: worth it for a good part, or where nothing else runs
+            if num_fitting < 1 or (num_fitting < len(group.sequences) // 4 and not idle):
                 assert not idle, "the pool was checked to hold one sequence"
                 return
             self.waiting.popleft()
+            if num_fitting < len(group.sequences):
+                self.waiting.appendleft(PromptGroup.of(group.sequences[num_fitting:]))
+                group.sequences = group.sequences[:num_fitting]
             # the sequences' own blocks are promised, not taken: prefills in flight are counted by `headroom`
             self.pool.grow(group.block_table, len(group.prefix_ids))
             self.prefilling.append(group)
-
-    def _split(self, group: PromptGroup) -> None:
-        """A group that does not fit into the empty pool is served in two halves."""
-        self.waiting.popleft()
-        half = len(group.sequences) // 2
-        self.waiting.appendleft(PromptGroup.of(group.sequences[half:]))
-        self.waiting.appendleft(PromptGroup.of(group.sequences[:half]))
 
     def _fork(self, group: PromptGroup) -> list[tuple[int, int]]:
         """Share the prefix among the group's sequences; those that find no block for the copy wait again."""

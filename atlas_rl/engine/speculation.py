@@ -18,6 +18,10 @@ logger = logging.getLogger(__name__)
 
 MAX_DRAFT_LEN = 16
 """Longest draft asked for when the lookahead is automatic."""
+PATIENCE = 16
+"""Steps in a row in which no draft was worth verifying before the drafter is asked less often."""
+MAX_REST = 32
+"""Steps that pass without asking at most."""
 
 
 class Speculator:
@@ -42,6 +46,10 @@ class Speculator:
         """Decayed seconds that proposing and observing cost per step."""
         self.expected = 0.0
         """Accepted tokens that the current step's drafts promise."""
+        self.num_useless = 0
+        """Proposals in a row of which nothing was worth verifying."""
+        self.rest = 0
+        """Steps still to pass before the drafter is asked again."""
 
     def admit(self, sequences: list[Sequence]) -> None:
         if sequences:
@@ -50,6 +58,7 @@ class Speculator:
     def release(self, sequences: list[Sequence], finished: bool) -> None:
         if sequences:
             self._call("release", sequences, finished)
+            self.rest = 0  # a smaller batch makes drafts cheaper: ask again
 
     def policy_updated(self) -> None:
         self._call("policy_updated")
@@ -60,6 +69,9 @@ class Speculator:
         nothing: list[list[int]] = [[] for _ in sequences]
         self.expected = 0.0
         if self.drafter is None:
+            return nothing
+        if self.rest:
+            self.rest -= 1
             return nothing
         start = time.perf_counter()
         longest = MAX_DRAFT_LEN if self.lookahead is None else self.lookahead
@@ -76,6 +88,8 @@ class Speculator:
             probs = [[p * factor for p in draft.probs] for draft in drafts]
             cost = self.draft_seconds if self.count_draft_seconds else 0.0
             lens = choose_draft_lens(probs, self.step_seconds, cost)
+            self.num_useless = 0 if any(lens) else self.num_useless + 1
+            self.rest = min(MAX_REST, max(0, self.num_useless - PATIENCE))
         chosen = [
             draft.token_ids[: scheduler.reserve_draft(seq, length)] if length else []
             for seq, draft, length in zip(sequences, drafts, lens, strict=True)
@@ -128,17 +142,21 @@ class Speculator:
 
     def _checked(self, drafts: list[Draft], max_lens: list[int]) -> list[Draft] | None:
         """The drafts, cut to their limits; a drafter that proposes nonsense is benched."""
-        try:
-            assert len(drafts) == len(max_lens), f"{len(drafts)} drafts for {len(max_lens)} rows"
-            cut = [Draft(d.token_ids[:n], d.probs[:n]) if len(d.token_ids) > n else d for d, n in zip(drafts, max_lens)]
-            for token_ids, probs in cut:
-                assert len(token_ids) == len(probs), f"{len(token_ids)} tokens with {len(probs)} probabilities"
-                assert all(0 <= token < self.vocab_size for token in token_ids), "a token id outside the vocabulary"
-                assert all(0 <= p <= 1 for p in probs), f"a probability outside [0, 1]: {probs}"
-            return cut
-        except (AssertionError, TypeError, AttributeError, ValueError) as error:
-            self._bench(f"propose returned {error}")
+        fault = None
+        if len(drafts) != len(max_lens):
+            fault = f"{len(drafts)} drafts for {len(max_lens)} rows"
+        cut = [Draft(d.token_ids[:n], d.probs[:n]) for d, n in zip(drafts, max_lens)]
+        for token_ids, probs in cut:
+            if len(token_ids) != len(probs):
+                fault = f"{len(token_ids)} tokens with {len(probs)} probabilities"
+            elif not all(0 <= token < self.vocab_size for token in token_ids):
+                fault = f"a token id outside the vocabulary: {token_ids}"
+            elif not all(0 <= p <= 1 for p in probs):
+                fault = f"a probability outside [0, 1]: {probs}"
+        if fault is not None:
+            self._bench(f"it proposed {fault}")
             return None
+        return cut
 
     def _bench(self, reason: str) -> None:
         logger.warning("drafter %s is benched, decoding goes on without it: %s", self.drafter.name, reason)

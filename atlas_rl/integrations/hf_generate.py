@@ -9,7 +9,6 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from atlas_rl.engine.policy_view import unsupported_reason
 from atlas_rl.types import Rollout, SamplingParams
 
 HANDLED_OPTIONS = frozenset(
@@ -23,6 +22,9 @@ INERT_OPTIONS = frozenset(
     "assistant_confidence_threshold assistant_lookbehind target_lookbehind max_matching_ngram_size is_assistant "
     "bos_token_id decoder_start_token_id transformers_version _from_model_config renormalize_logits".split()
 )
+
+CALL_OPTIONS = frozenset({"synced_gpus"})
+"""Arguments of the call that change nothing here: no rank waits for another one while it decodes."""
 
 
 class Unsupported(Exception):
@@ -60,13 +62,7 @@ def plan_generation(
         Unsupported: with the reason, when the call has to go to the original `generate`.
         ValueError: a row holds no token at all.
     """
-    reason = unsupported_reason(model)
-    if reason is not None:
-        raise Unsupported(reason)
-    kwargs = {name: value for name, value in kwargs.items() if value is not None and name != "synced_gpus"}
-    for name in ("logits_processor", "stopping_criteria"):
-        if name in kwargs and not len(kwargs[name]):
-            del kwargs[name]
+    kwargs = {name: value for name, value in kwargs.items() if name not in CALL_OPTIONS}
     explicit_length = any(
         source is not None
         for source in (
@@ -75,16 +71,20 @@ def plan_generation(
             model.generation_config.max_length,
         )
     )
+    for name in ("logits_processor", "stopping_criteria"):
+        if name in kwargs and not kwargs[name]:  # None, or an empty list
+            del kwargs[name]
     config, model_kwargs = model._prepare_generation_config(generation_config, **kwargs)
     input_ids = inputs if inputs is not None else model_kwargs.pop("input_ids", None)
     attention_mask = model_kwargs.pop("attention_mask", None)
     if not (isinstance(input_ids, torch.Tensor) and input_ids.dim() == 2):
         raise Unsupported("input_ids is not a tensor of two dimensions")
-    if model_kwargs:
-        raise Unsupported(f"it is called with {', '.join(sorted(model_kwargs))}")
+    given = sorted(name for name, value in model_kwargs.items() if value is not None)
+    if given:
+        raise Unsupported(f"it is called with {', '.join(given)}")
     _check_options(config)
 
-    eos_ids = _token_ids(config.eos_token_id)
+    eos_ids = token_ids(config.eos_token_id)
     pad_id = config.pad_token_id if config.pad_token_id is not None else (eos_ids[0] if eos_ids else None)
     if pad_id is None:
         raise Unsupported("neither pad_token_id nor eos_token_id is set")
@@ -106,7 +106,7 @@ def _check_options(config: GenerationConfig) -> None:
         if name in HANDLED_OPTIONS or name in INERT_OPTIONS:
             continue
         if value not in (None, False, defaults.get(name)):
-            raise Unsupported(f"generation option {name}={value!r}")
+            raise Unsupported(f"generation option {name}")
     if not config.do_sample and config.num_return_sequences > 1:
         raise Unsupported("several greedy return sequences")
     if config.do_sample and not config.temperature:
@@ -121,7 +121,7 @@ def _sampling_params(
     else:
         max_new = config.max_length - width if explicit_length else config.max_length
     if max_new < 1:
-        raise Unsupported(f"no room for a new token: max_length={config.max_length}, inputs of {width} tokens")
+        raise Unsupported("max_length leaves no room for a new token")
     min_new = config.min_new_tokens if config.min_new_tokens is not None else max(0, (config.min_length or 0) - width)
     filters = {}
     if config.do_sample:
@@ -131,16 +131,20 @@ def _sampling_params(
             "top_p": config.top_p if config.top_p is not None else 1.0,
             "min_p": config.min_p or 0.0,
         }
-    return SamplingParams(
-        **({"temperature": 0.0} | filters),
-        repetition_penalty=config.repetition_penalty or 1.0,
-        max_new_tokens=max_new,
-        min_new_tokens=min(min_new, max_new),
-        eos_token_ids=eos_ids,
-    )
+    try:
+        return SamplingParams(
+            **({"temperature": 0.0} | filters),
+            repetition_penalty=config.repetition_penalty or 1.0,
+            max_new_tokens=max_new,
+            min_new_tokens=min(min_new, max_new),
+            eos_token_ids=eos_ids,
+        )
+    except ValueError as error:  # transformers has its own word on such values
+        raise Unsupported(str(error)) from None
 
 
-def _token_ids(value: int | list[int] | torch.Tensor | None) -> tuple[int, ...]:
+def token_ids(value: int | list[int] | torch.Tensor | None) -> tuple[int, ...]:
+    """The ids of an `eos_token_id` in any of transformers' forms."""
     if value is None:
         return ()
     return tuple(torch.as_tensor(value).flatten().tolist())
@@ -155,7 +159,7 @@ def _unpadded(
         inferable = pad_token_id is not None and pad_token_id not in eos_ids
         attention_mask = input_ids.ne(pad_token_id) if inferable else torch.ones_like(input_ids)
     if attention_mask.shape != input_ids.shape:
-        raise Unsupported(f"an attention mask of shape {tuple(attention_mask.shape)}")
+        raise Unsupported("the attention mask has another shape than the prompts")
     mask = attention_mask.bool().cpu()
     lengths = mask.sum(1)
     if not mask.any(1).all():

@@ -41,15 +41,19 @@ class GenerateHook:
         self.own_attribute = vars(model).get("generate")
         """What the instance carried before, if anything."""
         self.original: GenerateFn = model.generate
-        self.serve = serve
+        self.serve: Callable[..., Any] | None = serve
         model.generate = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.serve(*args, **kwargs)
+        """A hook that was restored, and is still called because a later one lies on top of it, passes through."""
+        return (self.serve or self.original)(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GenerateFn:
-        copied = memo[id(self.model())]
-        return types.MethodType(type(copied).generate, copied)
+        return _class_generate(memo[id(self.model())])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickled model finds its class' own `generate` as well."""
+        return _class_generate, (self.model(),)
 
     @property
     def is_installed(self) -> bool:
@@ -57,13 +61,22 @@ class GenerateHook:
         return model is not None and vars(model).get("generate") is self
 
     def restore(self) -> None:
-        model = self.model()
+        model, self.serve = self.model(), None
         if not self.is_installed:
             return
         if self.own_attribute is None:
             del model.generate
         else:
             model.generate = self.own_attribute
+
+
+def _class_generate(model: PreTrainedModel) -> GenerateFn:
+    return types.MethodType(type(model).generate, model)
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether any layer recomputes its activations."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def autocast_dtype(model: PreTrainedModel, args: Any | None) -> torch.dtype | None:
@@ -81,10 +94,11 @@ class LogHook:
     """
 
     original: Callable[..., None] | None = None
+    installed: Callable[..., None] | None = None
     num_users = 0
 
     @classmethod
-    def acquire(cls, callback_type: type) -> None:
+    def acquire(cls) -> None:
         cls.num_users += 1
         if cls.original is not None:
             return
@@ -92,15 +106,16 @@ class LogHook:
 
         def log(self: Trainer, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             for callback in self.callback_handler.callbacks:
-                if isinstance(callback, callback_type):
+                if hasattr(callback, "pop_metrics"):
                     logs = logs | callback.pop_metrics("train" if self.model.training else "eval")
             original(self, logs, *args, **kwargs)
 
         log.__doc__ = original.__doc__
-        Trainer.log = log
+        cls.installed = Trainer.log = log
 
     @classmethod
     def release(cls) -> None:
         cls.num_users -= 1
-        if cls.num_users == 0:
-            Trainer.log, cls.original = cls.original, None
+        if cls.num_users == 0 and Trainer.log is cls.installed:  # another library's wrapper on top of ours stays
+            Trainer.log = cls.original
+            cls.original = cls.installed = None

@@ -25,7 +25,7 @@ class RolloutStats:
     """Each distinct prompt counted once: it is prefilled once."""
     completion_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """`total` and its parts: prefill, draft, verify, sample, refresh, calibrate."""
+    """`total` and its parts: prefill, draft, verify, sample, refresh."""
     decode_steps: int = 0
     row_steps: int = 0
     """Sum over decode steps of the rows that took part."""

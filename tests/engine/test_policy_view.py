@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from conftest import MODELS, make_engine, make_requests, tiny_llama, tiny_qwen3
-from transformers import BloomConfig, BloomForCausalLM, T5Config, T5ForConditionalGeneration
+from conftest import MODELS, SHAPE, make_engine, make_requests, tiny_llama, tiny_qwen3
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from atlas_rl.config import AtlasConfig
-from atlas_rl.engine.policy_view import CastLinear, PackedLinear, PolicyView, unsupported_reason
+from atlas_rl.engine.policy_view import CastLinear, PackedLinear, PolicyView
+from atlas_rl.engine.twin import UnsupportedModel
 from atlas_rl.types import SamplingParams
 
 PLAIN = AtlasConfig(speculate=False)
@@ -30,6 +41,7 @@ def fingerprint(model) -> tuple:
         },
         [(name, m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()],
         {name: id(p) for name, p in model.named_parameters()},
+        {name: (id(b), b.double().sum().item()) for name, b in model.named_buffers()},
         [p.requires_grad for p in model.parameters()],
         model.config._attn_implementation,
         [getattr(m, "gradient_checkpointing", None) for m in model.modules()],
@@ -69,14 +81,16 @@ def test_weights_are_followed(name: str, tied: bool):
     model = MODELS[name](tie_word_embeddings=tied)
     engine = make_engine(model, PLAIN)
     engine.generate(make_requests(1, 1), SamplingParams())
-    assert not engine.view.is_stale()
+    assert not engine.view.refresh()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     model(torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
-    changes = [optimizer.step, lambda: model.model.layers[1].self_attn.q_proj.weight.data.mul_(1.5)]
+    weight = model.model.layers[1].self_attn.q_proj.weight
+    changes = [optimizer.step, lambda: weight.data.neg_(), lambda: weight.data.add_(1e-6 * weight.sign())]
     for change in changes:
+        fingerprint = engine.view.fingerprint
         change()
-        assert engine.view.is_stale()
         (rollout,) = engine.generate(make_requests(1, 1), SamplingParams())
+        assert engine.view.fingerprint != fingerprint
         torch.testing.assert_close(torch.tensor(rollout.logprobs), logprobs_of(model, rollout), atol=1e-4, rtol=0)
 
 
@@ -102,11 +116,57 @@ def test_fp32_masters_under_bf16_autocast(make):
     assert [m.weight.data_ptr() for m in linears] == storage
 
 
-def test_what_the_engine_cannot_run_is_said():
-    bloom = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=1, n_head=2, vocab_size=50))
-    assert "attention interface" in unsupported_reason(bloom)
-    t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=50))
-    assert "encoder-decoder" in unsupported_reason(t5)
-    assert unsupported_reason(tiny_llama()) is None
-    with pytest.raises(ValueError, match="attention interface"):
-        PolicyView(bloom)
+def unsupported_models() -> dict[str, PreTrainedModel]:
+    tiny = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 50,
+    }
+    torch.manual_seed(0)
+    dynamic_rope = tiny_llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    pruned = tiny_llama()
+    del pruned.model.layers[1]
+    parametrised = tiny_llama()
+    torch.nn.utils.parametrizations.weight_norm(parametrised.lm_head)
+    sinks = {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 1}
+    return {
+        "encoder-decoder": T5ForConditionalGeneration(
+            T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=50)
+        ),
+        "attention interface": BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=1, n_head=2, vocab_size=50)),
+        "s_aux": GptOssForCausalLM(GptOssConfig(**tiny | sinks)),
+        "dynamic": dynamic_rope,
+        "model.layers.1": pruned,
+        "lm_head": parametrised,
+    }
+
+
+@pytest.mark.parametrize("reason", unsupported_models())
+def test_what_the_engine_cannot_run_is_said(reason: str):
+    with pytest.raises(UnsupportedModel, match=reason):
+        PolicyView(unsupported_models()[reason].eval())
+
+
+def test_a_window_that_only_the_mask_knows_is_found_by_the_probe(monkeypatch):
+    """As some architectures have it: the config says sliding_window, the attention function is not told."""
+    from transformers import MistralConfig, MistralForCausalLM
+    from transformers.models.mistral import modeling_mistral
+
+    shape = {key: value for key, value in SHAPE.items() if key != "initializer_range"}
+    model = MistralForCausalLM(MistralConfig(**shape, sliding_window=64)).eval()
+    PolicyView(model)
+    forward = modeling_mistral.MistralAttention.forward
+
+    def forgetful(self, *args, **kwargs):
+        config, self.config = self.config, copy.copy(self.config)
+        self.config.sliding_window = None
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            self.config = config
+
+    monkeypatch.setattr(modeling_mistral.MistralAttention, "forward", forgetful)
+    with pytest.raises(UnsupportedModel, match="other logits"):
+        PolicyView(model)

@@ -7,11 +7,12 @@ from statistics import median
 
 import pytest
 import yaml
+from conftest import SHAPE
+
 from atlas_rl.bench.arms import ARMS
 from atlas_rl.bench.cli import ARM_NAMES
 from atlas_rl.bench.workload import BenchConfig, build_workload, load_policy
 from atlas_rl.cli import main
-from conftest import SHAPE
 
 MODEL = SHAPE | {"model_type": "llama", "eos_token_id": 1}
 CONFIG = {

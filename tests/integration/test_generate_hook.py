@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import pickle
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def test_generate_on_token_lists(model):
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        ({"num_beams": 2}, "num_beams=2"),
+        ({"num_beams": 2}, "num_beams"),
         ({"logits_processor": LogitsProcessorList([MinLengthLogitsProcessor(3, EOS)])}, "logits_processor"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
         ({"do_sample": True, "typical_p": 0.5}, "typical_p"),
@@ -186,12 +187,13 @@ def test_detach_restores_exactly(model):
     assert model.generate is own_generate
 
 
-def test_a_deep_copy_is_not_attached(model):
+def test_copies_are_not_attached(model):
     with AtlasRolloutGenerator().attach(model) as atlas:
         twin = copy.deepcopy(model)
-        atlas.stats.num_completions = -1
+        pickled = pickle.loads(pickle.dumps(model))
         expected = twin.generate(**BATCH, **OPTIONS, do_sample=False)
-        assert atlas.stats.num_completions == -1
+        assert torch.equal(pickled.generate(**BATCH, **OPTIONS, do_sample=False), expected)
+        assert atlas.stats.num_completions == 0, "neither copy went through Atlas"
         assert torch.equal(model.generate(**BATCH, **OPTIONS, do_sample=False), expected)
 
 
@@ -200,11 +202,63 @@ def test_a_model_that_changes_dtype_is_followed(model):
         model.generate(**BATCH, **OPTIONS)
         model.to(torch.float32)
         rollouts = atlas.generate([[5, 6]], SamplingParams(temperature=0.0, max_new_tokens=5))
-        assert atlas.engine.view.compute_dtype == torch.float32
+        assert atlas.attachment.engine.view.compute_dtype == torch.float32
     ids = torch.tensor([rollouts[0].prompt_ids + rollouts[0].token_ids])
     with torch.no_grad():
         logprobs = model(ids).logits[0, 1:-1].log_softmax(-1).gather(1, ids[0, 2:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(rollouts[0].logprobs), logprobs, atol=1e-4, rtol=0)
+
+
+def test_generators_on_one_model_may_be_detached_in_any_order(model):
+    expected = model.generate(**BATCH, **OPTIONS, do_sample=False)
+    first, second = AtlasRolloutGenerator().attach(model), AtlasRolloutGenerator().attach(model)
+    first.detach()
+    assert torch.equal(model.generate(**BATCH, **OPTIONS, do_sample=False), expected)
+    assert torch.equal(model.generate(**BATCH, **OPTIONS, num_beams=2)[:, :5], BATCH["input_ids"])
+    second.detach()
+    assert torch.equal(model.generate(**BATCH, **OPTIONS, do_sample=False), expected)
+    assert first.stats.num_completions == 0
+
+
+def test_a_generator_may_move_to_another_model(model):
+    atlas = AtlasRolloutGenerator().attach(model)
+    model.generate(**BATCH, **OPTIONS)
+    smaller = tiny_llama(vocab_size=20)
+    with atlas.attach(smaller):
+        assert "generate" not in vars(model)
+        smaller.generate(torch.tensor([[5, 6]]), attention_mask=torch.ones(1, 2), max_new_tokens=30, pad_token_id=0)
+        assert atlas.attachment.engine.speculator.drafter is not None
+
+
+def test_the_models_own_eos_ends_a_completion(model):
+    model.generation_config.eos_token_id = list(range(97))
+    with AtlasRolloutGenerator().attach(model) as atlas:
+        assert [r.finish_reason for r in atlas.generate([[5, 6]], num_samples=3)] == ["stop"] * 3
+        rollouts = atlas.generate([torch.tensor([5, 6])], SamplingParams(ignore_eos=True, max_new_tokens=4))
+        assert [len(r.token_ids) for r in rollouts] == [4]
+
+
+def test_explicit_none_overrides_the_models_default(model):
+    model.generation_config.update(top_k=1, eos_token_id=list(range(2, 97)))
+    call = {**BATCH, "max_new_tokens": 8, "pad_token_id": PAD, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(**call)
+    with AtlasRolloutGenerator().attach(model) as atlas:
+        assert torch.equal(model.generate(**call), expected)
+        assert atlas.stats.num_completions == 3
+
+
+def test_adapters_fall_back(caplog):
+    peft = pytest.importorskip("peft")
+    for adapter in (
+        peft.LoraConfig(target_modules=["q_proj"]),
+        peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+    ):
+        wrapped = peft.get_peft_model(tiny_llama(), adapter)
+        expected = wrapped.generate(**BATCH, **OPTIONS, do_sample=False)
+        with AtlasRolloutGenerator().attach(wrapped) as atlas:
+            assert torch.equal(wrapped.generate(**BATCH, **OPTIONS, do_sample=False), expected)
+            assert atlas.stats.num_completions == 0
+    assert sum("an adapter?" in record.message for record in caplog.records) == 2
 
 
 def test_only_models_and_trainers_are_taken():

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer
 
 from atlas_rl import AtlasConfig, AtlasRolloutGenerator
+from atlas_rl.integrations.trl import is_checkpointing
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -78,14 +79,21 @@ def rows_of(output_dir: Path) -> list[dict]:
 def completions_of(atlas: AtlasRolloutGenerator) -> list[list]:
     """Record the completions of each generate call of an attached generator."""
     calls: list[list] = []
-    generate = atlas._generate
+    ready_engine = atlas.attachment.ready_engine
 
-    def recorded(rows, sampling, seed):
-        rollouts = generate(rows, sampling, seed)
-        calls.append([r.token_ids for r in rollouts])
-        return rollouts
+    def recording_engine():
+        engine = ready_engine()
+        generate = type(engine).generate
 
-    atlas._generate = recorded
+        def recorded(requests, sampling):
+            rollouts = generate(engine, requests, sampling)
+            calls.append([r.token_ids for r in rollouts])
+            return rollouts
+
+        engine.generate = recorded
+        return engine
+
+    atlas.attachment.ready_engine = recording_engine
     return calls
 
 
@@ -112,7 +120,7 @@ def test_a_run_goes_through_atlas_and_logs_it(tokenizer, tmp_path):
 
 
 def test_training_is_the_same_with_and_without_speculation(tokenizer, tmp_path):
-    """Same completions, hence the same weights after two updates."""
+    """Same completions, hence the same weights after three updates. With a drafter that knows what comes next."""
     weights = []
     for speculate in (True, False):
         atlas = AtlasRolloutGenerator(AtlasConfig(speculate=speculate, lookahead=3))
@@ -121,6 +129,8 @@ def test_training_is_the_same_with_and_without_speculation(tokenizer, tmp_path):
         trainer.train()
         weights.append((calls, [p.detach().clone() for p in trainer.model.parameters()]))
     assert weights[0][0] == weights[1][0]
+    rows = [row for row in rows_of(tmp_path / "True") if row["kind"] == "rollout"]
+    assert sum(row["drafters"]["suffix"]["accepted"] for row in rows if "drafters" in row) > 0
     for a, b in zip(weights[0][1], weights[1][1], strict=True):
         torch.testing.assert_close(a, b)
 
@@ -174,10 +184,14 @@ def test_an_interrupt_leaves_trainer_model_and_log_intact(tokenizer, tmp_path, c
             model.config._attn_implementation,
         )
 
-    atlas.on_step_begin(trainer.args, trainer.state, trainer.control)
+    if checkpointing:
+        if not is_checkpointing(model):
+            model.gradient_checkpointing_enable()
+        atlas.on_step_begin(trainer.args, trainer.state, trainer.control)
     model.train()
     expected = flags()
-    logits = atlas._ready_engine().view.logits
+    engine = atlas.attachment.ready_engine()
+    logits = engine.view.logits
     calls = []
 
     def interrupted(hidden):
@@ -186,7 +200,7 @@ def test_an_interrupt_leaves_trainer_model_and_log_intact(tokenizer, tmp_path, c
             raise KeyboardInterrupt
         return logits(hidden)
 
-    atlas.engine.view.logits = interrupted
+    engine.view.logits = interrupted
     weights = [p.detach().clone() for p in model.parameters()]
     rng = torch.get_rng_state()
     with pytest.raises(KeyboardInterrupt):
@@ -196,9 +210,26 @@ def test_an_interrupt_leaves_trainer_model_and_log_intact(tokenizer, tmp_path, c
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
     (row,) = rows_of(tmp_path)
     assert row["error"] == "KeyboardInterrupt" and row["completion_tokens"] == 8
-    atlas.engine.view.logits = logits
+    engine.view.logits = logits
     trainer.train()
-    assert len(rows_of(tmp_path)) >= 5
+    assert len(rows_of(tmp_path)) >= 4
+
+
+def test_detach_leaves_the_trainer_as_it_was(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path, None)
+    callbacks = list(trainer.callback_handler.callbacks)
+    with AtlasRolloutGenerator().attach(trainer):
+        assert len(trainer.callback_handler.callbacks) == len(callbacks) + 1
+    assert trainer.callback_handler.callbacks == callbacks and "generate" not in vars(trainer.model)
+    trainer.train()
+    assert not (tmp_path / "rollouts.jsonl").exists()
+
+
+def test_one_generator_serves_two_trainers_one_after_the_other(tokenizer, tmp_path):
+    atlas = AtlasRolloutGenerator()
+    for name in ("x", "y"):
+        make_trainer(tokenizer, tmp_path / name, [atlas]).train()
+        assert len(rows_of(tmp_path / name)) == 4
 
 
 def test_detach_restores_trainer_log(tokenizer, tmp_path):

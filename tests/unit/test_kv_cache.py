@@ -107,5 +107,6 @@ def test_cache_returns_what_was_stored(dtype: torch.dtype):
     torch.testing.assert_close(got_keys[0, :5], keys.to(dtype))
     torch.testing.assert_close(got_values[0, :5], values.to(dtype))
     assert not cache.gather(0, torch.tensor([table]))[0].any(), "other layers are untouched"
-    cache.copy_blocks([5], [0])
+    cache.copy_blocks([])
+    cache.copy_blocks([(5, 0)])
     torch.testing.assert_close(cache.gather(1, torch.tensor([[0]]))[0][0], keys[:4].to(dtype))

@@ -37,7 +37,10 @@ def run(scheduler: Scheduler, num_drafts: int = 0) -> int:
         assert steps < 5000, "no progress"
         chunks = scheduler.next_prefill()
         if chunks:
-            assert sum(c.end - c.start for c in chunks) <= scheduler.max_prefill_tokens
+            assert (
+                len(chunks) == 1 or len(chunks) * max(c.end - c.start for c in chunks) <= scheduler.max_prefill_tokens
+            )
+            assert max(c.end - c.start for c in chunks) <= scheduler.max_prefill_tokens
             _, copies = scheduler.commit_prefill(chunks)
             assert len({target for _, target in copies}) == len(copies)
             continue
@@ -90,6 +93,21 @@ def test_long_prompts_are_prefilled_in_chunks():
         seen.append([(c.start, c.end) for c in chunks])
         scheduler.commit_prefill(chunks)
     assert seen == [[(0, 10)], [(10, 20)], [(20, 24), (0, 3)]]
+
+
+def test_a_long_prompt_does_not_pad_many_short_ones():
+    scheduler = Scheduler(BlockPool(1000, BLOCK_SIZE), 64, max_prefill_tokens=100)
+    for group in make_groups([(91, [1]), *[(4, [1])] * 30]):
+        scheduler.add(group)
+    assert len(scheduler.next_prefill()) == 1
+
+
+def test_free_seats_take_a_part_of_a_group():
+    scheduler = Scheduler(BlockPool(1000, BLOCK_SIZE), max_num_seqs=12, max_prefill_tokens=1000)
+    for group in make_groups([(5, [9] * 8), (7, [9] * 8)]):
+        scheduler.add(group)
+    started, _ = scheduler.commit_prefill(scheduler.next_prefill())
+    assert len(started) == 12
 
 
 def test_the_youngest_is_preempted_and_recomputed():

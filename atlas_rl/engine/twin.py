@@ -1,0 +1,162 @@
+"""Building the policy's twin, and finding out whether it computes what the model computes.
+
+What the engine runs is a fresh module of the model's class that holds the model's tensors. That is right only where the class and
+the config say all there is about the model, and where attention goes through transformers' interface with nothing that our
+function does not know. Both are checked, the second one by a small forward: a model that fails goes to the original `generate`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from atlas_rl.engine import attention
+from atlas_rl.engine.batch import ForwardBatch
+from atlas_rl.engine.kv_cache import KVCache, KVShape
+
+PROBE_LEN = 24
+PROBE_WINDOW = 8
+"""Sliding windows are cut to this in the probe, so that a window which only the mask knows of shows."""
+PROBE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""Largest difference of logits, as a share of the largest logit (transformers' eager softmax is float32 even in float64)."""
+
+
+class UnsupportedModel(ValueError):
+    """The engine cannot run this model exactly; the message is the reason, in a few words."""
+
+
+def unsupported_reason(model: PreTrainedModel) -> str | None:
+    """What can be told without building anything, or None."""
+    config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        return "it is an encoder-decoder"
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} does not use transformers' attention interface"
+    if model.get_output_embeddings() is None:
+        return f"{type(model).__name__} has no language-model head"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"it has layers of type {', '.join(sorted(kinds))}"
+    if not _rope_types(config) <= {"default", "linear", "llama3", "yarn"}:
+        # their frequencies follow the longest position of a call, and a call of ours holds rows of all lengths
+        return f"its rotary embedding is of type {', '.join(sorted(_rope_types(config)))}"
+    if len({p.device for p in model.parameters()}) > 1:
+        return "its parameters lie on several devices"
+    return None
+
+
+def build_twin(model: PreTrainedModel, attn_implementation: str, sliding_window: int | None = None) -> PreTrainedModel:
+    """A fresh module of the same class, in eval mode, without hooks, holding the very tensors of `model`.
+
+    The config is a deep copy: a shared one would switch the trainer's attention.
+
+    Raises:
+        UnsupportedModel: class and config do not describe the model (adapters, pruned layers, parametrised weights).
+    """
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = attn_implementation
+    text_config = config.get_text_config(decoder=True)
+    if sliding_window is not None and getattr(text_config, "sliding_window", None):
+        text_config.sliding_window = sliding_window
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            twin = type(model)(config)
+    except TypeError as error:
+        raise UnsupportedModel(f"{type(model).__name__} is not built from its config alone ({error})") from None
+    sources = dict(model.named_modules())
+    ours = dict(twin.named_modules())
+    for name in sources.keys() | ours.keys():
+        if not _same_kind(sources.get(name), ours.get(name)):
+            raise UnsupportedModel(f"its module {name or 'itself'} is not what its config describes (an adapter?)")
+    for name, module in ours.items():
+        source = sources[name]
+        module._parameters.update(source._parameters)
+        module._buffers.update(source._buffers)
+        for key, value in list(
+            vars(module).items()
+        ):  # a rotary embedding keeps its original frequencies as a plain attribute
+            if isinstance(value, torch.Tensor) and value.is_meta:
+                setattr(module, key, getattr(source, key))
+    assert not any(t.is_meta for t in [*twin.parameters(), *twin.buffers()])
+    return twin.eval()
+
+
+@torch.inference_mode()
+def probe_mismatch(model: PreTrainedModel, autocast: Callable[[], contextlib.AbstractContextManager]) -> str | None:
+    """Compare the twin with one that runs transformers' own attention, over a few tokens in two chunks; None if they agree."""
+    weight = model.get_input_embeddings().weight
+    ids_N = torch.arange(PROBE_LEN, device=weight.device) * 7919 % weight.shape[0]
+    try:
+        twin = build_twin(model, attention.NAME, PROBE_WINDOW)
+        reference = build_twin(model, "eager", PROBE_WINDOW)
+        with autocast():
+            expected_NV = reference(ids_N[None], use_cache=False).logits[0]
+            cache = KVCache(kv_shape(model, expected_NV.dtype, block_size=PROBE_WINDOW), PROBE_LEN, weight.device)
+            table = list(range(PROBE_LEN // PROBE_WINDOW))
+            hidden = []
+            for start, end in ((0, PROBE_LEN // 2), (PROBE_LEN // 2, PROBE_LEN)):
+                batch = ForwardBatch.build(cache, [ids_N[start:end].tolist()], [start], [table])
+                hidden.append(run_twin(twin, batch))
+            logits_NV = scale_logits(twin.get_output_embeddings()(torch.cat(hidden)), model.config)
+    except UnsupportedModel:
+        raise
+    except Exception as error:  # whatever an architecture does that ours cannot: the original `generate` serves it
+        return f"{type(model).__name__} does not run on Atlas' attention ({type(error).__name__}: {error})"
+    error = (logits_NV - expected_NV).abs().max() / expected_NV.abs().max()
+    if not error <= PROBE_TOLERANCE[expected_NV.dtype] and expected_NV.isfinite().all():
+        return (
+            f"{type(model).__name__} computes other logits on Atlas' attention (relative difference {float(error):.1e})"
+        )
+    return None
+
+
+def run_twin(twin: PreTrainedModel, batch: ForwardBatch) -> torch.Tensor:
+    """Last hidden states [N, D], after the final norm."""
+    output = twin.base_model(
+        input_ids=batch.input_ids_N[None], position_ids=batch.positions_N[None], use_cache=False, atlas=batch
+    )
+    return output.last_hidden_state[0]
+
+
+def kv_shape(model: PreTrainedModel, dtype: torch.dtype, block_size: int) -> KVShape:
+    config = model.config.get_text_config(decoder=True)
+    num_heads = config.num_attention_heads
+    return KVShape(
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        dtype=dtype,
+        block_size=block_size,
+    )
+
+
+def scale_logits(logits: torch.Tensor, config) -> torch.Tensor:
+    """Logit scalings of Cohere, Granite, Falcon-H1 and Gemma, as in their `forward`."""
+    config = config.get_text_config(decoder=True)
+    for factor in ("logit_scale", "lm_head_multiplier"):
+        if getattr(config, factor, None):
+            logits = logits * getattr(config, factor)
+    if getattr(config, "logits_scaling", None):
+        logits = logits / config.logits_scaling
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return logits if not softcap else torch.tanh(logits / softcap) * softcap
+
+
+def _same_kind(source: nn.Module | None, ours: nn.Module | None) -> bool:
+    return (
+        type(source) is type(ours)
+        and source._parameters.keys() == ours._parameters.keys()
+        and source._buffers.keys() == ours._buffers.keys()
+    )
+
+
+def _rope_types(config) -> set[str]:
+    """Of all its rotary embeddings: `rope_parameters` is one description, or one per layer type."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    described = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, dict)]
+    return {p.get("rope_type", "default") for p in described}
