@@ -19,7 +19,7 @@ from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.engine.twin import UnsupportedModel
 from atlas_rl.integrations.hf_generate import Unsupported, plan_generation
-from atlas_rl.integrations.trl import GenerateHook, LogHook, autocast_dtype, is_checkpointing
+from atlas_rl.integrations.trl import CheckpointingFlags, GenerateHook, LogHook, autocast_dtype
 from atlas_rl.telemetry.log import RolloutLog, keep_earlier_log
 from atlas_rl.telemetry.stats import RolloutStats
 from atlas_rl.types import Rollout, RolloutRequest, SamplingParams
@@ -51,7 +51,7 @@ class Attachment:
         """By phase, the sums since `Trainer.log` last took them."""
         self.step_stats: RolloutStats | None = None
         self.step_start = 0.0
-        self.checkpointing = is_checkpointing(model)
+        self.checkpointing = CheckpointingFlags(model)
         self.told_reasons: set[str] = set()
         self.hook = GenerateHook(model, self.serve)
         LogHook.acquire()
@@ -75,7 +75,7 @@ class Attachment:
         try:
             return plan.to_output(self.generate(plan.prompts, plan.sampling, None, engine))
         except BaseException:
-            self._restore_gradient_checkpointing()
+            self.checkpointing.restore()
             raise
 
     def generate(
@@ -124,11 +124,6 @@ class Attachment:
         return self._recorded(
             self._next_call() | {"fallback": reason}, lambda: self.hook.original(*args, **kwargs), timed
         )
-
-    def _restore_gradient_checkpointing(self) -> None:
-        """TRL switches it off around `generate`, and does not switch it on again after an exception."""
-        if self.checkpointing and not is_checkpointing(self.model):
-            self.model.gradient_checkpointing_enable(self.args and self.args.gradient_checkpointing_kwargs)
 
     # ---- seeds -----------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from atlas_rl.attachment import Attachment
 from atlas_rl.config import AtlasConfig
 from atlas_rl.integrations.hf_generate import token_ids
-from atlas_rl.integrations.trl import is_checkpointing, unwrap
+from atlas_rl.integrations.trl import CheckpointingFlags, unwrap
 from atlas_rl.telemetry.stats import RolloutStats
 from atlas_rl.types import Rollout, SamplingParams
 
@@ -130,7 +130,7 @@ class AtlasRolloutGenerator(TrainerCallback):
         self.attachment.open_log()
 
     def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
-        self.attachment.checkpointing = is_checkpointing(self.attachment.model)
+        self.attachment.checkpointing = CheckpointingFlags(self.attachment.model)
         self.attachment.step_start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:

@@ -74,9 +74,22 @@ def _class_generate(model: PreTrainedModel) -> GenerateFn:
     return types.MethodType(type(model).generate, model)
 
 
-def is_checkpointing(model: nn.Module) -> bool:
-    """Whether any layer recomputes its activations."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+class CheckpointingFlags:
+    """Which modules recompute their activations, and how. TRL switches this off around `generate`, and does not switch it on again
+    after an exception; transformers' own switch would add another hook to the embeddings each time."""
+
+    NAMES = ("gradient_checkpointing", "_gradient_checkpointing_func")
+
+    def __init__(self, model: nn.Module) -> None:
+        self.saved = [
+            (module, {name: getattr(module, name) for name in self.NAMES if hasattr(module, name)})
+            for module in model.modules()
+            if getattr(module, "gradient_checkpointing", False)
+        ]
+
+    def restore(self) -> None:
+        for module, values in self.saved:
+            vars(module).update(values)
 
 
 def autocast_dtype(model: PreTrainedModel, args: Any | None) -> torch.dtype | None:

@@ -12,7 +12,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer
 
 from atlas_rl import AtlasConfig, AtlasRolloutGenerator
-from atlas_rl.integrations.trl import is_checkpointing
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -178,15 +177,17 @@ def test_an_interrupt_leaves_trainer_model_and_log_intact(tokenizer, tmp_path, c
 
     def flags() -> tuple:
         return (
-            [getattr(m, "gradient_checkpointing", None) for m in model.modules()],
+            [
+                (getattr(m, "gradient_checkpointing", None), vars(m).get("_gradient_checkpointing_func"))
+                for m in model.modules()
+            ],
             [m.training for m in model.modules()],
             [len(m._forward_hooks) for m in model.modules()],
             model.config._attn_implementation,
         )
 
     if checkpointing:
-        if not is_checkpointing(model):
-            model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable({"use_reentrant": True})
         atlas.on_step_begin(trainer.args, trainer.state, trainer.control)
     model.train()
     expected = flags()
