@@ -22,9 +22,12 @@ class ForwardBatch:
     """[N] tokens and their positions, as the host knows them."""
     input_ids_N: torch.Tensor
     positions_N: torch.Tensor
-    slots_N: torch.Tensor
-    """KV slot that each token's key and value go to."""
-    blocks_RM: torch.Tensor
+    token_places: torch.Tensor
+    """Where each token's key and value go (`KVCache.token_places`)."""
+    piece_places: torch.Tensor
+    """Where each row's keys and values are (`KVCache.piece_places`)."""
+    num_kv_slots: int
+    """S: KV slots per row, a multiple of the block size."""
     query_lens: np.ndarray
     """[R] tokens of each row in this forward."""
     max_query_len: int
@@ -43,7 +46,7 @@ class ForwardBatch:
         block_tables: Sequence[list[int]],
     ) -> ForwardBatch:
         """Rows of tokens; row r sits at positions starts[r], starts[r] + 1, … and finds its KV in block_tables[r]."""
-        device = kv_cache.keys_LNSHD.device
+        device = kv_cache.keys_LNHSD.device
         block_size = kv_cache.shape.block_size
         query_lens = np.fromiter(map(len, token_ids), np.int64, len(token_ids))
         start_R = np.fromiter(starts, np.int64, len(token_ids))
@@ -71,8 +74,9 @@ class ForwardBatch:
             positions=positions_N,
             input_ids_N=to_device(flat_ids),
             positions_N=to_device(positions_N),
-            slots_N=to_device(slots_N),
-            blocks_RM=to_device(blocks_RM),
+            token_places=kv_cache.token_places(to_device(slots_N)),
+            piece_places=kv_cache.piece_places(to_device(blocks_RM)),
+            num_kv_slots=num_blocks * block_size,
             query_lens=query_lens,
             max_query_len=max_query_len,
             padded_positions_RQ=to_device(padded_RQ),
@@ -91,8 +95,7 @@ class ForwardBatch:
         """Additive causal mask [R, 1, num_copies * Q, S], built once per forward for all layers of one kind."""
         key = (sliding_window, dtype, num_copies)
         if key not in self.masks:
-            num_slots = self.blocks_RM.shape[1] * self.kv_cache.shape.block_size
-            slots_S = torch.arange(num_slots, device=self.positions_N.device)
+            slots_S = torch.arange(self.num_kv_slots, device=self.positions_N.device)
             distance_RQS = self.padded_positions_RQ[:, :, None] - slots_S
             hidden = distance_RQS < 0
             if sliding_window is not None:

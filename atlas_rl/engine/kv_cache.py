@@ -29,41 +29,51 @@ class KVShape:
 class KVCache:
     """Keys and values of every layer. A slot is `block * block_size + offset`.
 
-    Zeroed, because a masked slot still takes part in attention, with weight 0, and 0 * NaN is NaN.
+    Within a block the heads come first, so that a gather of (block, head) pieces gives each head's keys in one piece, which is what
+    batched matrix products want. Zeroed, because a masked slot still takes part in attention, with weight 0, and 0 * NaN is NaN.
     """
 
     def __init__(self, shape: KVShape, num_blocks: int, device: torch.device) -> None:
         self.shape = shape
-        dims = (shape.num_layers, num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
-        self.keys_LNSHD = _zeros(dims, shape.dtype, device)
-        self.values_LNSHD = _zeros(dims, shape.dtype, device)
+        dims = (shape.num_layers, num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
+        self.keys_LNHSD = _zeros(dims, shape.dtype, device)
+        self.values_LNHSD = _zeros(dims, shape.dtype, device)
+        self.heads_H = torch.arange(shape.num_kv_heads, device=device)
         self.workspaces: dict[str, torch.Tensor] = {}
         """What `gather` fills, kept from layer to layer: fresh memory of this size costs a page fault every 4 KiB."""
 
-    def store(self, layer: int, slots_N: torch.Tensor, key_NHD: torch.Tensor, value_NHD: torch.Tensor) -> None:
-        """Write one token's key and value per slot."""
-        self.keys_LNSHD[layer].flatten(0, 1).index_copy_(0, slots_N, key_NHD.to(self.shape.dtype))
-        self.values_LNSHD[layer].flatten(0, 1).index_copy_(0, slots_N, value_NHD.to(self.shape.dtype))
+    def token_places(self, slots_N: torch.Tensor) -> torch.Tensor:
+        """Where `store` writes the tokens of these slots: [N * H] rows of a layer's memory, the same for every layer."""
+        block_N, offset_N = slots_N // self.shape.block_size, slots_N % self.shape.block_size
+        piece_NH = block_N[:, None] * self.shape.num_kv_heads + self.heads_H
+        return (piece_NH * self.shape.block_size + offset_N[:, None]).flatten()
 
-    def gather(self, layer: int, blocks_RM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of R rows of M blocks each: two [R, M * block_size, H, D], valid until the next call."""
-        num_rows, num_blocks = blocks_RM.shape
-        dims = (num_rows, num_blocks * self.shape.block_size, self.shape.num_kv_heads, self.shape.head_dim)
-        flat = blocks_RM.flatten()
-        keys = self._select("keys", self.keys_LNSHD[layer], flat)
-        return keys.view(dims), self._select("values", self.values_LNSHD[layer], flat).view(dims)
+    def piece_places(self, blocks_RM: torch.Tensor) -> torch.Tensor:
+        """What `gather` reads for rows of M blocks each: [R * H * M] (block, head) pieces, the same for every layer."""
+        return (blocks_RM[:, None, :] * self.shape.num_kv_heads + self.heads_H[:, None]).flatten()
 
-    def _select(self, name: str, source_NSHD: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        if name not in self.workspaces or len(self.workspaces[name]) < len(blocks):
-            self.workspaces[name] = source_NSHD.new_empty(len(blocks) * 5 // 4, *source_NSHD.shape[1:])
-        return torch.index_select(source_NSHD, 0, blocks, out=self.workspaces[name][: len(blocks)])
+    def store(self, layer: int, places: torch.Tensor, key_NHD: torch.Tensor, value_NHD: torch.Tensor) -> None:
+        """Write one key and value per token."""
+        for memory, new in ((self.keys_LNHSD, key_NHD), (self.values_LNHSD, value_NHD)):
+            memory[layer].view(-1, self.shape.head_dim).index_copy_(0, places, new.flatten(0, 1).to(self.shape.dtype))
+
+    def gather(self, layer: int, places: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of R rows of M blocks each: two [R, H, M * block_size, D], valid until the next call."""
+        dims = (num_rows, self.shape.num_kv_heads, -1, self.shape.head_dim)
+        keys = self._select("keys", self.keys_LNHSD[layer], places)
+        return keys.view(dims), self._select("values", self.values_LNHSD[layer], places).view(dims)
+
+    def _select(self, name: str, source_NHSD: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        if name not in self.workspaces or len(self.workspaces[name]) < len(places):
+            self.workspaces[name] = source_NHSD.new_empty(len(places) * 5 // 4, *source_NHSD.shape[2:])
+        return torch.index_select(source_NHSD.flatten(0, 1), 0, places, out=self.workspaces[name][: len(places)])
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole blocks from source to target, all layers at once."""
         if copies:
             sources, targets = map(list, zip(*copies, strict=True))
-            self.keys_LNSHD[:, targets] = self.keys_LNSHD[:, sources]
-            self.values_LNSHD[:, targets] = self.values_LNSHD[:, sources]
+            self.keys_LNHSD[:, targets] = self.keys_LNHSD[:, sources]
+            self.values_LNHSD[:, targets] = self.values_LNHSD[:, sources]
 
 
 def _zeros(dims: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -144,9 +144,7 @@ def train(args: argparse.Namespace) -> tuple[Qwen3ForCausalLM, PreTrainedTokeniz
     return model, tokenizer
 
 
-def save(out: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+def save_record(out: Path, record: dict[str, Any]) -> None:
     (out / "policy.json").write_text(json.dumps(record, indent=2) + "\n")
     (out / "README.md").write_text(model_card(record))
 
@@ -182,7 +180,10 @@ def main() -> None:
     started = time.monotonic()
     model, tokenizer = train(args)
     seconds = time.monotonic() - started
-    figures = measure(model.float(), tokenizer, args.measure)
+    # before measuring: a padded call would leave its padding in tokenizer.json
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    figures = measure(model, tokenizer, args.measure)
     record = {
         "command": f"python -m atlas_rl.tasks.train_policy --out {args.out} --steps {args.steps} "
         f"--tokens-per-batch {args.tokens_per_batch} --lr {args.lr} --seed {args.seed} --measure {args.measure}",
@@ -192,7 +193,7 @@ def main() -> None:
         | {name: version(name) for name in ("torch", "transformers", "tokenizers", "reasoning_gym")},
         "held_out": figures,
     }
-    save(args.out, model, tokenizer, record)
+    save_record(args.out, record)
     print(json.dumps(record, indent=2))
 
 

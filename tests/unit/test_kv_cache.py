@@ -98,15 +98,21 @@ def test_integrity_check_finds_a_leak_and_a_double_free():
 def test_cache_returns_what_was_stored(dtype: torch.dtype):
     shape = KVShape(num_layers=2, num_kv_heads=3, head_dim=8, dtype=dtype, block_size=4)
     cache = KVCache(shape, 6, torch.device("cpu"))
-    assert cache.keys_LNSHD.nbytes + cache.values_LNSHD.nbytes == 6 * shape.block_bytes
+    assert cache.keys_LNHSD.nbytes + cache.values_LNHSD.nbytes == 6 * shape.block_bytes
     keys, values = torch.randn(5, 3, 8), torch.randn(5, 3, 8)
     table = [5, 2]
     slots = torch.tensor([table[i // 4] * 4 + i % 4 for i in range(5)])
-    cache.store(1, slots, keys, values)
-    got_keys, got_values = cache.gather(1, torch.tensor([table]))
-    torch.testing.assert_close(got_keys[0, :5], keys.to(dtype))
-    torch.testing.assert_close(got_values[0, :5], values.to(dtype))
-    assert not cache.gather(0, torch.tensor([table]))[0].any(), "other layers are untouched"
+    cache.store(1, cache.token_places(slots), keys, values)
+
+    def gather(layer: int, blocks: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """[H, S, D] -> [S, H, D] of one row."""
+        places = cache.piece_places(torch.tensor([blocks]))
+        return tuple(part[0].transpose(0, 1).clone() for part in cache.gather(layer, places, 1))
+
+    got_keys, got_values = gather(1, table)
+    torch.testing.assert_close(got_keys[:5], keys.to(dtype))
+    torch.testing.assert_close(got_values[:5], values.to(dtype))
+    assert not gather(0, table)[0].any(), "other layers are untouched"
     cache.copy_blocks([])
     cache.copy_blocks([(5, 0)])
-    torch.testing.assert_close(cache.gather(1, torch.tensor([[0]]))[0][0], keys[:4].to(dtype))
+    torch.testing.assert_close(gather(1, [0])[0], keys[:4].to(dtype))
