@@ -15,10 +15,11 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from atlas_kernels import gumbel_noise
+from atlas_kernels import gumbel_noise, row_keys
 from atlas_rl.bench.workload import load_policy, shipped_prompts
 from atlas_rl.bench.wrong_drafters import AdversarialDrafter, RandomDrafter
 from atlas_rl.config import AtlasConfig, EngineConfig
@@ -114,7 +115,8 @@ def _first_difference(
     input_ids = torch.tensor([[*request.prompt_ids, *expected[:position]]])
     with torch.no_grad():
         logits_V = model(input_ids).logits[0, -1]
-    noise_V = gumbel_noise(torch.tensor([request.seed]), torch.tensor([position]), len(logits_V), logits_V.dtype)[0]
+    keys_21 = row_keys(np.array([request.seed]), np.array([position]), logits_V.device)
+    noise_V = gumbel_noise(keys_21, len(logits_V), logits_V.dtype)[0]
     scores_V = logits_V / sampling.temperature + noise_V
     first, second = expected[position], got[position]
     return Difference(request, position, (first, second), abs(float(scores_V[first] - scores_V[second])))

@@ -42,8 +42,8 @@ class Drafter(Protocol):
         """One draft per row, of at most `max_lens[i]` tokens (0: none wanted)."""
 
     def observe(self, rows: Sequence[DraftRow], num_drafted: Sequence[int], num_accepted: Sequence[int]) -> None:
-        """A step is done: `output_ids` of each row has grown by at least one token; of the `num_drafted[i]` verified draft
-        tokens (a prefix of what was proposed, maybe none of it) the first `num_accepted[i]` were right."""
+        """`output_ids` of each row has grown since the drafter was last told of it; of the `num_drafted[i]` verified draft tokens
+        (a prefix of what was proposed, maybe none of it) the first `num_accepted[i]` were right."""
 
     def release(self, rows: Sequence[DraftRow], finished: bool) -> None:
         """Rows leave: finished, or else preempted or aborted (a preempted row is admitted again)."""

@@ -19,8 +19,10 @@ HARMLESS = frozenset(
     {"position_ids", "use_cache", "is_causal", "output_attentions", "output_hidden_states", "layer_type"}
 )
 """Keywords that modules pass on and that change nothing here."""
+MIN_BATCHED_ROWS = 4
 MAX_SMALL_QUERY = 32
-"""Query rows per KV head up to which two batched products beat the fused kernel, in float32 on CPU (about twofold)."""
+"""From this many rows on, up to this many queries per KV head, two batched products beat the fused kernel in float32 on CPU
+(about twofold)."""
 
 
 def atlas_attention(
@@ -64,11 +66,12 @@ def _attend(
 ) -> torch.Tensor:
     """The query heads that share a KV head are stacked along Q (as `mask` is), so that keys and values are never repeated."""
     num_rows, query_len, num_heads, head_dim = query_RQHD.shape
-    num_kv_heads, num_slots = keys_RHSD.shape[1:3]
+    num_kv_heads = keys_RHSD.shape[1]
     groups = num_heads // num_kv_heads
     query = query_RQHD.view(num_rows, query_len, num_kv_heads, groups, head_dim).permute(0, 2, 3, 1, 4)
     query = query.reshape(num_rows, num_kv_heads, groups * query_len, head_dim)
-    if softcap is None and (groups * query_len > MAX_SMALL_QUERY or query.dtype.itemsize < 4):
+    fused = num_rows < MIN_BATCHED_ROWS or groups * query_len > MAX_SMALL_QUERY or query.dtype.itemsize < 4
+    if softcap is None and fused:
         output = F.scaled_dot_product_attention(query, keys_RHSD, values_RHSD, attn_mask=mask, scale=scaling)
     else:
         scores = torch.matmul(query.mul_(scaling), keys_RHSD.transpose(-1, -2))

@@ -217,12 +217,7 @@ class RolloutEngine:
         seen_NV = None
         if sampling.repetition_penalty != 1:
             seen_NV = seen_tokens(torch.stack([seq.seen_V for seq in sequences]), lens, batch.input_ids_N)
-        return SamplingBatch(
-            params=sampling,
-            seeds_N=torch.from_numpy(seeds).to(device, non_blocking=True),
-            positions_N=torch.from_numpy(batch.positions - shift).to(device, non_blocking=True),
-            seen_NV=seen_NV,
-        )
+        return SamplingBatch.of(sampling, seeds, batch.positions - shift, device, seen_NV)
 
     def _finish(self, sequences: list[Sequence], start: float) -> None:
         """Close the books and free KV memory, after success and after an exception alike."""

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+MANY_PIECES = 256
+"""Gathers of fewer pieces take fresh memory, which the allocator has at hand."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVShape:
@@ -29,8 +32,9 @@ class KVShape:
 class KVCache:
     """Keys and values of every layer. A slot is `block * block_size + offset`.
 
-    Within a block the heads come first, so that a gather of (block, head) pieces gives each head's keys in one piece, which is what
-    batched matrix products want. Zeroed, because a masked slot still takes part in attention, with weight 0, and 0 * NaN is NaN.
+    Within a block the heads come first, so that a gather of (block, head) pieces gives each head's keys in one piece, which is
+    what batched matrix products want. Zeroed, because a masked slot still takes part in attention with weight 0, and 0 * NaN
+    is NaN.
     """
 
     def __init__(self, shape: KVShape, num_blocks: int, device: torch.device) -> None:
@@ -39,6 +43,9 @@ class KVCache:
         self.keys_LNHSD = _zeros(dims, shape.dtype, device)
         self.values_LNHSD = _zeros(dims, shape.dtype, device)
         self.heads_H = torch.arange(shape.num_kv_heads, device=device)
+        # per layer, the same memory as (block, head) pieces [N * H, S, D], and as single tokens of a head [N * H * S, D]
+        self.key_pieces, self.value_pieces = (list(m.flatten(1, 2)) for m in (self.keys_LNHSD, self.values_LNHSD))
+        self.key_tokens, self.value_tokens = (list(m.flatten(1, 3)) for m in (self.keys_LNHSD, self.values_LNHSD))
         self.workspaces: dict[str, torch.Tensor] = {}
         """What `gather` fills, kept from layer to layer: fresh memory of this size costs a page fault every 4 KiB."""
 
@@ -54,19 +61,21 @@ class KVCache:
 
     def store(self, layer: int, places: torch.Tensor, key_NHD: torch.Tensor, value_NHD: torch.Tensor) -> None:
         """Write one key and value per token."""
-        for memory, new in ((self.keys_LNHSD, key_NHD), (self.values_LNHSD, value_NHD)):
-            memory[layer].view(-1, self.shape.head_dim).index_copy_(0, places, new.flatten(0, 1).to(self.shape.dtype))
+        self.key_tokens[layer].index_copy_(0, places, key_NHD.flatten(0, 1).to(self.shape.dtype))
+        self.value_tokens[layer].index_copy_(0, places, value_NHD.flatten(0, 1).to(self.shape.dtype))
 
     def gather(self, layer: int, places: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of R rows of M blocks each: two [R, H, M * block_size, D], valid until the next call."""
         dims = (num_rows, self.shape.num_kv_heads, -1, self.shape.head_dim)
-        keys = self._select("keys", self.keys_LNHSD[layer], places)
-        return keys.view(dims), self._select("values", self.values_LNHSD[layer], places).view(dims)
+        keys = self._select("keys", self.key_pieces[layer], places)
+        return keys.view(dims), self._select("values", self.value_pieces[layer], places).view(dims)
 
-    def _select(self, name: str, source_NHSD: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def _select(self, name: str, pieces: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        if len(places) < MANY_PIECES:
+            return pieces.index_select(0, places)
         if name not in self.workspaces or len(self.workspaces[name]) < len(places):
-            self.workspaces[name] = source_NHSD.new_empty(len(places) * 5 // 4, *source_NHSD.shape[2:])
-        return torch.index_select(source_NHSD.flatten(0, 1), 0, places, out=self.workspaces[name][: len(places)])
+            self.workspaces[name] = pieces.new_empty(len(places) * 5 // 4, *pieces.shape[1:])
+        return torch.index_select(pieces, 0, places, out=self.workspaces[name][: len(places)])
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole blocks from source to target, all layers at once."""

@@ -27,7 +27,6 @@ from atlas_rl.engine.twin import (
     unsupported_reason,
 )
 
-
 SMALL_PRODUCT = 2**18
 """Multiply-adds up to which `F.linear` is faster: a call of the packed product costs about 13 µs whatever its size."""
 
@@ -53,6 +52,28 @@ class PackedLinear(nn.Module):
         if x.numel() * self.out_features <= SMALL_PRODUCT:
             return nn.functional.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+class FastRMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight in one call; the modules of transformers take seven."""
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        self.weight = source.weight
+        self.eps = source.variance_epsilon
+        self.shape = tuple(source.weight.shape)
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """Whether a module of this kind of name computes just that: some scale by 1 + weight."""
+        if not (type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")):
+            return False
+        x = torch.linspace(-2, 3, 2 * module.weight.numel()).view(2, *module.weight.shape)
+        with torch.no_grad():
+            return torch.allclose(cls(module)(x), module(x), rtol=1e-6, atol=1e-6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(x, self.shape, self.weight, self.eps)
 
 
 class CastLinear(nn.Module):
@@ -96,11 +117,11 @@ class PolicyView:
         if mismatch is not None:
             raise UnsupportedModel(mismatch)
         self.twin = build_twin(model, attention.NAME)
-        self.copies: list[PackedLinear | CastLinear] = []
         if self.autocast_dtype is not None:
-            self._replace_linears(lambda linear: CastLinear(linear, self.autocast_dtype))
+            self._replace(is_linear, lambda linear: CastLinear(linear, self.autocast_dtype))
         elif pack_linears and self.device.type == "cpu" and self.compute_dtype == torch.float32:
-            self._replace_linears(PackedLinear)
+            self._replace(is_linear, PackedLinear)
+            self._replace(FastRMSNorm.fits, FastRMSNorm)
         self.fingerprint = self._fingerprint()
 
     @property
@@ -122,8 +143,9 @@ class PolicyView:
             return False
         self.fingerprint = fingerprint
         with torch.no_grad():
-            for linear in self.copies:
-                linear.refresh()
+            for module in self.twin.modules():
+                if isinstance(module, (PackedLinear, CastLinear)):
+                    module.refresh()
         return True
 
     def hidden_states(self, batch: ForwardBatch) -> torch.Tensor:
@@ -142,12 +164,11 @@ class PolicyView:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
-    def _replace_linears(self, make: Callable[[nn.Linear], PackedLinear | CastLinear]) -> None:
+    def _replace(self, fits: Callable[[nn.Module], bool], make: Callable[[nn.Module], nn.Module]) -> None:
         for parent in list(self.twin.modules()):
             for name, child in parent.named_children():
-                if type(child) is nn.Linear:
-                    self.copies.append(make(child).eval())
-                    setattr(parent, name, self.copies[-1])
+                if fits(child):
+                    setattr(parent, name, make(child).eval())
 
     def _fingerprint(self) -> list[int]:
         """Changes whenever the weights do: version counters catch optimizers, sums of the bits what goes through `.data`."""
@@ -155,6 +176,10 @@ class PolicyView:
         versions = [0 if p.is_inference() else p._version for p in parameters]
         sums = [p.view(INTEGERS[p.element_size()]).sum(dtype=torch.int64) for p in parameters]
         return versions + torch.stack(sums).tolist()
+
+
+def is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear  # a subclass may compute something else
 
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

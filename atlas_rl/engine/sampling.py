@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from atlas_kernels import gumbel_noise
+from atlas_kernels import gumbel_noise, row_keys
 from atlas_rl.types import SamplingParams
 
 
@@ -24,16 +24,31 @@ class SamplingBatch:
     """What the logits of N places are sampled with."""
 
     params: SamplingParams
-    seeds_N: torch.Tensor
-    positions_N: torch.Tensor
-    """Index in the completion of the token to draw."""
+    keys_2N: torch.Tensor
+    """`row_keys` of each place's seed and position, the index in the completion of the token to draw."""
+    too_early_N: torch.Tensor | None = None
+    """Places where EOS and stop tokens cannot be drawn yet; None where they always can."""
     seen_NV: torch.Tensor | None = None
     """Tokens before each place, for the repetition penalty; None where there is no penalty."""
 
     def rows(self, part: slice) -> SamplingBatch:
         """Some of the places."""
         seen_NV = None if self.seen_NV is None else self.seen_NV[part]
-        return replace(self, seeds_N=self.seeds_N[part], positions_N=self.positions_N[part], seen_NV=seen_NV)
+        too_early_N = None if self.too_early_N is None else self.too_early_N[part]
+        return replace(self, keys_2N=self.keys_2N[:, part], too_early_N=too_early_N, seen_NV=seen_NV)
+
+    @classmethod
+    def of(
+        cls,
+        params: SamplingParams,
+        seeds: np.ndarray,
+        positions: np.ndarray,
+        device: torch.device,
+        seen_NV: torch.Tensor | None = None,
+    ) -> SamplingBatch:
+        """Places with these seeds [N] and positions [N], both int64."""
+        early = torch.from_numpy(positions < params.min_new_tokens).to(device) if params.min_new_tokens else None
+        return cls(params=params, keys_2N=row_keys(seeds, positions, device), too_early_N=early, seen_NV=seen_NV)
 
 
 def sample(logits_NV: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,7 +63,7 @@ def sample(logits_NV: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor,
     log_norm_N = scaled_NV.logsumexp(-1)
     scores_NV = filter_scores(logits_NV, scaled_NV, batch)
     if not params.is_greedy:
-        noise_NV = gumbel_noise(batch.seeds_N, batch.positions_N, logits_NV.shape[1], logits_NV.dtype)
+        noise_NV = gumbel_noise(batch.keys_2N, logits_NV.shape[1], logits_NV.dtype)
         scores_NV = noise_NV.add_(scores_NV)
     tokens_N = scores_NV.argmax(-1)
     return tokens_N, scaled_NV.gather(-1, tokens_N[:, None])[:, 0] - log_norm_N
@@ -66,10 +81,9 @@ def filter_scores(logits_NV: torch.Tensor, scaled_NV: torch.Tensor, batch: Sampl
         penalised = torch.where(scaled_NV < 0, scaled_NV * penalty, scaled_NV / penalty)
         scores = torch.where(batch.seen_NV, penalised, scores)
     stopping_ids = [i for i in {*params.eos_token_ids, *params.stop_token_ids} if 0 <= i < scores.shape[-1]]
-    if params.min_new_tokens and stopping_ids:
-        too_early_N = batch.positions_N < params.min_new_tokens
+    if batch.too_early_N is not None and stopping_ids:
         forbidden_NV = torch.zeros_like(scores, dtype=torch.bool)
-        forbidden_NV[:, stopping_ids] = too_early_N[:, None]
+        forbidden_NV[:, stopping_ids] = batch.too_early_N[:, None]
         scores = scores.masked_fill(forbidden_NV, -torch.inf)
     if params.is_greedy:
         return scores

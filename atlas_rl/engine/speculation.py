@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 MAX_DRAFT_LEN = 16
 """Longest draft asked for when the lookahead is automatic."""
-PATIENCE = 16
+PATIENCE = 4
 """Steps in a row in which no draft was worth verifying before the drafter is asked less often."""
-MAX_REST = 32
+MAX_REST = 64
 """Steps that pass without asking at most."""
 
 
@@ -50,6 +50,8 @@ class Speculator:
         """Proposals in a row of which nothing was worth verifying."""
         self.rest = 0
         """Steps still to pass before the drafter is asked again."""
+        self.has_backlog = False
+        """Whether rows have emitted tokens that the drafter has not been told of, because it rests."""
 
     def admit(self, sequences: list[Sequence]) -> None:
         if sequences:
@@ -77,6 +79,10 @@ class Speculator:
         longest = MAX_DRAFT_LEN if self.lookahead is None else self.lookahead
         # a row's last token needs no draft after it: K drafts emit up to K + 1 tokens
         max_lens = [min(longest, seq.num_remaining - 1) for seq in sequences]
+        if self.has_backlog:
+            nobody = [0] * len(sequences)
+            self._call("observe", sequences, nobody, nobody)
+            self.has_backlog = False
         drafts = self._call("propose", sequences, max_lens)
         drafts = None if drafts is None else self._checked(drafts, max_lens)
         if drafts is None:
@@ -111,7 +117,12 @@ class Speculator:
             self._count(num_drafted, num_accepted, total_drafted, stats)
         else:
             self.trust.idle()
-        self._call("observe", sequences, num_drafted, num_accepted)
+        if self.rest:  # what is emitted meanwhile is told in one go, before a row leaves or drafts are asked for again
+            self.has_backlog = True
+            sequences = [seq for seq in sequences if seq.finish_reason is not None]
+            num_drafted = num_accepted = [0] * len(sequences)
+        if sequences:
+            self._call("observe", sequences, num_drafted, num_accepted)
         self._count_seconds(start, stats)
         self.draft_seconds *= 0.95
 

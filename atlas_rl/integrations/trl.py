@@ -75,8 +75,11 @@ def _class_generate(model: PreTrainedModel) -> GenerateFn:
 
 
 class CheckpointingFlags:
-    """Which modules recompute their activations, and how. TRL switches this off around `generate`, and does not switch it on again
-    after an exception; transformers' own switch would add another hook to the embeddings each time."""
+    """Which modules recompute their activations, and how.
+
+    TRL switches this off around `generate`, and does not switch it on again after an exception; transformers' own switch would
+    add another hook to the embeddings each time.
+    """
 
     NAMES = ("gradient_checkpointing", "_gradient_checkpointing_func")
 

@@ -9,22 +9,21 @@ from __future__ import annotations
 import torch
 
 from atlas_kernels import reference
+from atlas_kernels.reference import row_keys
 
-__all__ = ["gumbel_noise", "noise_bits"]
+__all__ = ["gumbel_noise", "noise_bits", "row_keys"]
 
 
-def noise_bits(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
+def noise_bits(keys_2N: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """31 uniform bits per (seed, position, token id); see `reference.noise_bits`."""
-    return _module(seeds).noise_bits(seeds, positions, vocab_size)
+    return _module(keys_2N).noise_bits(keys_2N, vocab_size)
 
 
-def gumbel_noise(
-    seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+def gumbel_noise(keys_2N: torch.Tensor, vocab_size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Standard Gumbel noise per (seed, position, token id); see `reference.gumbel_noise`."""
     if dtype == torch.float64:  # no kernel of its own: only law tests sample in float64
-        return reference.gumbel_noise(seeds, positions, vocab_size, dtype)
-    return _module(seeds).gumbel_noise(seeds, positions, vocab_size, dtype)
+        return reference.gumbel_noise(keys_2N, vocab_size, dtype)
+    return _module(keys_2N).gumbel_noise(keys_2N, vocab_size, dtype)
 
 
 def _module(tensor: torch.Tensor):

@@ -6,8 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from atlas_kernels.reference import row_keys
-
 BLOCK = 2048
 
 
@@ -43,23 +41,22 @@ def noise_kernel(out_ptr, offset_ptr, stride_ptr, vocab_size, GUMBEL: tl.constex
     tl.store(out_ptr + row * vocab_size + token, value, mask=token < vocab_size)
 
 
-def noise_bits(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
+def noise_bits(keys_2N: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Same as `reference.noise_bits`, bit for bit."""
-    return _launch(seeds, positions, vocab_size, torch.int32)
+    return _launch(keys_2N, vocab_size, torch.int32)
 
 
-def gumbel_noise(
-    seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+def gumbel_noise(keys_2N: torch.Tensor, vocab_size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Same as `reference.gumbel_noise` within 2 ulp of max(|g|, 1), float32 only."""
     assert dtype == torch.float32, dtype
-    return _launch(seeds, positions, vocab_size, dtype)
+    return _launch(keys_2N, vocab_size, dtype)
 
 
-def _launch(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int, dtype: torch.dtype) -> torch.Tensor:
-    offset, stride = row_keys(seeds, positions)
-    out = torch.empty(len(seeds), vocab_size, dtype=dtype, device=seeds.device)
+def _launch(keys_2N: torch.Tensor, vocab_size: int, dtype: torch.dtype) -> torch.Tensor:
+    offset, stride = keys_2N
+    num_rows = keys_2N.shape[1]
+    out = torch.empty(num_rows, vocab_size, dtype=dtype, device=keys_2N.device)
     if out.numel():
-        grid = (len(seeds), triton.cdiv(vocab_size, BLOCK))
+        grid = (num_rows, triton.cdiv(vocab_size, BLOCK))
         noise_kernel[grid](out, offset, stride, vocab_size, GUMBEL=dtype != torch.int32, BLOCK=BLOCK)
     return out

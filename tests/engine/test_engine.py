@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import MODELS, VOCAB_SIZE, make_engine, make_requests, tiny_llama
+from helpers import MODELS, VOCAB_SIZE, make_engine, make_requests, tiny_llama
 
 from atlas_rl.bench.wrong_drafters import RandomDrafter
 from atlas_rl.config import AtlasConfig, EngineConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import MODELS, VOCAB_SIZE
+from helpers import MODELS, VOCAB_SIZE
 
 from atlas_rl.bench.output_law import check_output_law, random_requests, tiny_model
 from atlas_rl.types import SamplingParams

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import MODELS, SHAPE, make_engine, make_requests, tiny_llama, tiny_qwen3
+from helpers import MODELS, SHAPE, make_engine, make_requests, tiny_llama, tiny_qwen3
 from transformers import (
     BloomConfig,
     BloomForCausalLM,

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_engine
+from helpers import make_engine
 from stories import load_stories260k
 
 from atlas_rl.bench.output_law import check_output_law

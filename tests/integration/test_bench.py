@@ -7,7 +7,7 @@ from statistics import median
 
 import pytest
 import yaml
-from conftest import SHAPE
+from helpers import SHAPE
 
 from atlas_rl.bench.arms import ARMS
 from atlas_rl.bench.cli import ARM_NAMES

@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import MODELS, tiny_llama
+from helpers import MODELS, tiny_llama
 from transformers import GenerationConfig, LogitsProcessorList, MinLengthLogitsProcessor, Trainer
 from transformers.generation import GenerateDecoderOnlyOutput
 

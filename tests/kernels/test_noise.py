@@ -11,32 +11,33 @@ import pytest
 import torch
 from scipy import stats
 
-from atlas_kernels import gumbel_noise, noise_bits, reference
+from atlas_kernels import gumbel_noise, noise_bits, reference, row_keys
 
 triton = pytest.importorskip("triton")
 
 SHAPES = [(1, 1), (1, 97), (3, 2048), (5, 4099), (0, 64)]
 
 
-def places(num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(num_rows)
-    seeds = torch.randint(-(2**63), 2**63 - 1, (num_rows,), generator=generator)
-    return seeds, torch.randint(0, 100_000, (num_rows,), generator=generator)
+def keys_of(seeds, positions) -> torch.Tensor:
+    return row_keys(np.array(seeds, np.int64), np.array(positions, np.int64), torch.device("cpu"))
+
+
+def random_keys(num_rows: int) -> torch.Tensor:
+    rng = np.random.default_rng(num_rows)
+    return keys_of(rng.integers(-(2**63), 2**63 - 1, num_rows), rng.integers(0, 100_000, num_rows))
 
 
 @pytest.mark.parametrize(("num_rows", "vocab_size"), SHAPES)
 def test_kernel_equals_twin(num_rows: int, vocab_size: int):
     from atlas_kernels import noise
 
-    seeds, positions = places(num_rows)
-    assert torch.equal(
-        noise.noise_bits(seeds, positions, vocab_size), reference.noise_bits(seeds, positions, vocab_size)
-    )
-    exact = reference.gumbel_noise(seeds, positions, vocab_size, torch.float64)
+    keys = random_keys(num_rows)
+    assert torch.equal(noise.noise_bits(keys, vocab_size), reference.noise_bits(keys, vocab_size))
+    exact = reference.gumbel_noise(keys, vocab_size, torch.float64)
     ulp = 2.0**-23 * exact.abs().clamp(min=1)
     for value in (
-        noise.gumbel_noise(seeds, positions, vocab_size),
-        reference.gumbel_noise(seeds, positions, vocab_size),
+        noise.gumbel_noise(keys, vocab_size),
+        reference.gumbel_noise(keys, vocab_size),
     ):
         # 2 ulp, and 1 more: the interpreter's numpy.log is less exact than a GPU's
         assert ((value.double() - exact).abs() <= 3 * ulp).all()
@@ -57,20 +58,19 @@ def test_integers_follow_the_published_hashes():
     x = (x ^ (x >> 16)) * 0x7FEB352D % 2**32
     x = (x ^ (x >> 15)) * 0x846CA68B % 2**32
     expected = (x ^ (x >> 16)) >> 1
-    assert noise_bits(torch.tensor([seed]), torch.tensor([position]), token + 1)[0, token] == expected
+    assert noise_bits(keys_of([seed], [position]), token + 1)[0, token] == expected
 
 
 def test_a_value_does_not_depend_on_its_batch_or_vocabulary():
-    seeds, positions = places(64)
-    together = gumbel_noise(seeds, positions, 1000)
-    alone = torch.cat([gumbel_noise(seeds[i : i + 1], positions[i : i + 1], 777) for i in range(64)])
+    keys = random_keys(64)
+    together = gumbel_noise(keys, 1000)
+    alone = torch.cat([gumbel_noise(keys[:, i : i + 1], 777) for i in range(64)])
     assert torch.allclose(together[:, :777], alone, rtol=0, atol=3e-7)
-    assert torch.equal(noise_bits(seeds, positions, 1000)[:, :777], noise_bits(seeds, positions, 777))
+    assert torch.equal(noise_bits(keys, 1000)[:, :777], noise_bits(keys, 777))
 
 
 def test_noise_is_standard_gumbel():
-    seeds = torch.arange(200)
-    values = gumbel_noise(seeds, torch.zeros_like(seeds), 10_000).flatten().numpy()
+    values = gumbel_noise(keys_of(range(200), [0] * 200), 10_000).flatten().numpy()
     assert values.min() > reference.MIN_GUMBEL and values.max() < reference.MAX_GUMBEL
     assert stats.kstest(values[::20], "gumbel_r").pvalue > 1e-3
     # the upper tail decides rare tokens: P(g > 8) = 1 - exp(-exp(-8)), 671 expected of 2 million
@@ -80,12 +80,12 @@ def test_noise_is_standard_gumbel():
 
 @pytest.mark.parametrize("axis", ["seed", "position", "token"])
 def test_neighbours_are_uncorrelated(axis: str):
-    seeds, positions = torch.arange(400), torch.arange(400)
-    base = gumbel_noise(seeds, positions, 1001)
+    seeds, positions = np.arange(400), np.arange(400)
+    base = gumbel_noise(keys_of(seeds, positions), 1001)
     if axis == "seed":
-        other = gumbel_noise(seeds + 1, positions, 1001)
+        other = gumbel_noise(keys_of(seeds + 1, positions), 1001)
     elif axis == "position":
-        other = gumbel_noise(seeds, positions + 1, 1001)
+        other = gumbel_noise(keys_of(seeds, positions + 1), 1001)
     else:
         base, other = base[:, :-1], base[:, 1:]
     correlation = np.corrcoef(base.flatten().numpy(), other.flatten().numpy())[0, 1]

@@ -16,7 +16,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from atlas_kernels import gumbel_noise
+from atlas_kernels import gumbel_noise, row_keys
 from atlas_rl.engine.sampling import SamplingBatch, count_accepted, filter_scores, sample, seen_tokens
 from atlas_rl.types import SamplingParams
 
@@ -31,12 +31,11 @@ FILTERS = {
 
 
 def make_batch(params: SamplingParams, num_rows: int, seed: int = 0, seen=None) -> SamplingBatch:
-    return SamplingBatch(
-        params=params,
-        seeds_N=torch.arange(num_rows) + seed * 10**9,
-        positions_N=torch.arange(num_rows) % 50,
-        seen_NV=seen,
-    )
+    return places_of(params, np.arange(num_rows) + seed * 10**9, np.arange(num_rows) % 50, seen)
+
+
+def places_of(params: SamplingParams, seeds: np.ndarray, positions: np.ndarray, seen=None) -> SamplingBatch:
+    return SamplingBatch.of(params, seeds, positions, torch.device("cpu"), seen)
 
 
 def transformers_processors(params: SamplingParams, prompt_len: int) -> LogitsProcessorList:
@@ -68,7 +67,7 @@ def test_filters_equal_transformers(filters: dict, vocab_size: int):
     logits = torch.randn(40, vocab_size, dtype=torch.float64) * 3
     output_ids = torch.randint(0, vocab_size, (40, 11))  # prompt of 4, completion of 7: below min_new_tokens
     seen = torch.zeros(40, vocab_size, dtype=torch.bool).scatter_(1, output_ids, True)
-    batch = SamplingBatch(params=params, seeds_N=torch.arange(40), positions_N=torch.full((40,), 7), seen_NV=seen)
+    batch = places_of(params, np.arange(40), np.full(40, 7), seen)
     expected = transformers_processors(params, prompt_len=4)(output_ids, logits.clone())
     torch.testing.assert_close(filter_scores(logits, logits / params.temperature, batch), expected)
 
@@ -109,8 +108,7 @@ def test_rare_tokens_are_drawn_as_often_as_they_should():
 def test_siblings_differ_and_repeat():
     logits = torch.zeros(8, 1000)
     params = SamplingParams()
-    seeds, positions = torch.arange(8), torch.zeros(8, dtype=torch.int64)
-    batch = SamplingBatch(params=params, seeds_N=seeds, positions_N=positions)
+    batch = places_of(params, np.arange(8), np.zeros(8, np.int64))
     first, _ = sample(logits.clone(), batch)
     again, _ = sample(logits.clone(), batch)
     assert torch.equal(first, again)
@@ -138,8 +136,7 @@ def test_coupling_accepts_close_to_the_optimum():
     torch.manual_seed(0)
     p = torch.randn(1, 500) * 2
     q = p + 0.3 * torch.randn(1, 500)
-    seeds, positions = torch.arange(20_000), torch.zeros(20_000, dtype=torch.int64)
-    noise = gumbel_noise(seeds, positions, 500)
+    noise = gumbel_noise(row_keys(np.arange(20_000), np.zeros(20_000, np.int64), torch.device("cpu")), 500)
     coupled = ((p + noise).argmax(-1) == (q + noise).argmax(-1)).float().mean()
     optimum = torch.minimum(p.softmax(-1), q.softmax(-1)).sum()
     assert optimum - 0.06 < coupled < optimum + 0.02

@@ -1,0 +1,58 @@
+"""Tiny random models and requests."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from atlas_rl.engine.engine import RolloutEngine
+from atlas_rl.engine.policy_view import PolicyView
+from atlas_rl.types import RolloutRequest
+
+VOCAB_SIZE = 97
+SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "initializer_range": 0.2,  # far enough from uniform to have something to draft
+}
+SHIPPED_POLICY = Path(__file__).parent.parent / "atlas_rl" / "tasks" / "policy"
+
+
+def tiny_llama(dtype: torch.dtype = torch.float32, **overrides) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE | overrides)).to(dtype).eval()
+
+
+def tiny_qwen3(dtype: torch.dtype = torch.float32, **overrides) -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(**SHAPE | {"head_dim": 16} | overrides)).to(dtype).eval()
+
+
+MODELS = {"llama": tiny_llama, "qwen3": tiny_qwen3}
+
+
+def make_engine(model: PreTrainedModel, config=None, drafter=None, **view_options) -> RolloutEngine:
+    return RolloutEngine(PolicyView(model, **view_options), config, drafter)
+
+
+def make_requests(
+    num_prompts: int, num_samples: int, max_new_tokens: int = 24, vocab_size: int = VOCAB_SIZE, seed: int = 0
+) -> list[RolloutRequest]:
+    """Random prompts of 1 to 40 tokens, `num_samples` completions each, distinct seeds."""
+    rng = random.Random(seed)
+    prompts = [tuple(rng.choices(range(2, vocab_size), k=rng.randint(1, 40))) for _ in range(num_prompts)]
+    return [
+        RolloutRequest(prompt_ids=prompt, seed=1000 * i + j, max_new_tokens=max_new_tokens)
+        for i, prompt in enumerate(prompts)
+        for j in range(num_samples)
+    ]
