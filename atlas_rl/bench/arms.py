@@ -100,9 +100,9 @@ class AtlasArm(Arm):
         if self.step_cost is not None:  # step times are the machine's, not the completions': a trainer keeps them too
             self.engine.step_cost.__dict__.update(self.step_cost.__dict__)
         self.step_cost = self.engine.step_cost
+        self.engine.weights_changed = True  # a rollout follows a policy update: packing the weights is part of its time
 
     def run(self, workload: Workload, repeat: int) -> list[int]:
-        self.view.refresh()  # a rollout follows a policy update: packing the weights again is part of its time
         rollouts = self.engine.generate(workload.requests(repeat), SAMPLING)
         return [len(rollout.token_ids) for rollout in rollouts]
 

@@ -46,7 +46,7 @@ class ForwardBatch:
         block_tables: Sequence[list[int]],
     ) -> ForwardBatch:
         """Rows of tokens; row r sits at positions starts[r], starts[r] + 1, … and finds its KV in block_tables[r]."""
-        device = kv_cache.keys_LNHSD.device
+        device = kv_cache.memory_L2NHSD.device
         block_size = kv_cache.shape.block_size
         query_lens = np.fromiter(map(len, token_ids), np.int64, len(token_ids))
         start_R = np.fromiter(starts, np.int64, len(token_ids))
@@ -92,7 +92,7 @@ class ForwardBatch:
         return len(self.input_ids_N)
 
     def mask(self, sliding_window: int | None, dtype: torch.dtype, num_copies: int) -> torch.Tensor:
-        """Additive causal mask [R, 1, num_copies * Q, S], built once per forward for all layers of one kind."""
+        """Additive causal mask [R, 1, num_copies * Q (or 1), S], built once per forward for all layers of one kind."""
         key = (sliding_window, dtype, num_copies)
         if key not in self.masks:
             slots_S = torch.arange(self.num_kv_slots, device=self.positions_N.device)
@@ -101,7 +101,8 @@ class ForwardBatch:
             if sliding_window is not None:
                 hidden |= distance_RQS >= sliding_window
             mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
-            self.masks[key] = mask[:, None].repeat(1, 1, num_copies, 1)
+            many_queries = mask.shape[1] > 1  # one query's mask broadcasts over its copies
+            self.masks[key] = mask[:, None].repeat(1, 1, num_copies, 1) if many_queries else mask[:, None]
         return self.masks[key]
 
     def pad_queries(self, query_NHD: torch.Tensor) -> torch.Tensor:

@@ -135,9 +135,10 @@ class RolloutEngine:
         drafts = self.speculator.draft(self.scheduler, self.stats)
 
         drafted = time.perf_counter()
-        batch, hidden_ND = self.runner.verify(sequences, drafts)
-        verified = time.perf_counter()
-        tokens, logprobs = self._sample(sampling, sequences, batch, hidden_ND)
+        with self.runner.threads_for(len(sequences) + sum(map(len, drafts))):
+            batch, hidden_ND = self.runner.verify(sequences, drafts)
+            verified = time.perf_counter()
+            tokens, logprobs = self._sample(sampling, sequences, batch, hidden_ND)
         accepted = count_accepted(tokens, batch.input_ids, batch.query_lens)
         finished, num_accepted = self._commit(sequences, batch.query_lens, tokens, logprobs, accepted, sampling)
         sampled = time.perf_counter()
@@ -174,7 +175,7 @@ class RolloutEngine:
             sample(self.view.logits(hidden_ND[i : i + num_rows]), places.rows(slice(i, i + num_rows)))
             for i in range(0, len(hidden_ND), num_rows)
         ]
-        tokens_N, logprobs_N = (torch.cat(part) for part in zip(*drawn, strict=True))
+        tokens_N, logprobs_N = drawn[0] if len(drawn) == 1 else (torch.cat(part) for part in zip(*drawn, strict=True))
         # one copy to the host: float64 holds every token id and every log-prob exactly
         tokens, logprobs = torch.stack([tokens_N.double(), logprobs_N.double()]).cpu().numpy()
         return tokens.astype(np.int64), logprobs

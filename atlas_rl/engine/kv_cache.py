@@ -39,14 +39,14 @@ class KVCache:
 
     def __init__(self, shape: KVShape, num_blocks: int, device: torch.device) -> None:
         self.shape = shape
-        dims = (shape.num_layers, num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
-        self.keys_LNHSD = _zeros(dims, shape.dtype, device)
-        self.values_LNHSD = _zeros(dims, shape.dtype, device)
+        dims = (shape.num_layers, 2, num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
+        self.memory_L2NHSD = _zeros(dims, shape.dtype, device)  # 2: keys, values
+        self.num_pieces = num_blocks * shape.num_kv_heads
         self.heads_H = torch.arange(shape.num_kv_heads, device=device)
-        # per layer, the same memory as (block, head) pieces [N * H, S, D], and as single tokens of a head [N * H * S, D]
-        self.key_pieces, self.value_pieces = (list(m.flatten(1, 2)) for m in (self.keys_LNHSD, self.values_LNHSD))
-        self.key_tokens, self.value_tokens = (list(m.flatten(1, 3)) for m in (self.keys_LNHSD, self.values_LNHSD))
-        self.workspaces: dict[str, torch.Tensor] = {}
+        # per layer, the same memory as (block, head) pieces [2 * N * H, S, D], and as single tokens of a head [N * H * S, D]
+        self.pieces = list(self.memory_L2NHSD.flatten(1, 3))
+        self.key_tokens, self.value_tokens = (list(self.memory_L2NHSD[:, i].flatten(1, 3)) for i in (0, 1))
+        self.workspace = self.memory_L2NHSD.new_empty(0, shape.block_size, shape.head_dim)
         """What `gather` fills, kept from layer to layer: fresh memory of this size costs a page fault every 4 KiB."""
 
     def token_places(self, slots_N: torch.Tensor) -> torch.Tensor:
@@ -56,8 +56,9 @@ class KVCache:
         return (piece_NH * self.shape.block_size + offset_N[:, None]).flatten()
 
     def piece_places(self, blocks_RM: torch.Tensor) -> torch.Tensor:
-        """What `gather` reads for rows of M blocks each: [R * H * M] (block, head) pieces, the same for every layer."""
-        return (blocks_RM[:, None, :] * self.shape.num_kv_heads + self.heads_H[:, None]).flatten()
+        """What `gather` reads for rows of M blocks each: [2 * R * H * M] (block, head) pieces, the same for every layer."""
+        keys = (blocks_RM[:, None, :] * self.shape.num_kv_heads + self.heads_H[:, None]).flatten()
+        return torch.cat([keys, keys + self.num_pieces])
 
     def store(self, layer: int, places: torch.Tensor, key_NHD: torch.Tensor, value_NHD: torch.Tensor) -> None:
         """Write one key and value per token."""
@@ -66,23 +67,19 @@ class KVCache:
 
     def gather(self, layer: int, places: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of R rows of M blocks each: two [R, H, M * block_size, D], valid until the next call."""
-        dims = (num_rows, self.shape.num_kv_heads, -1, self.shape.head_dim)
-        keys = self._select("keys", self.key_pieces[layer], places)
-        return keys.view(dims), self._select("values", self.value_pieces[layer], places).view(dims)
-
-    def _select(self, name: str, pieces: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         if len(places) < MANY_PIECES:
-            return pieces.index_select(0, places)
-        if name not in self.workspaces or len(self.workspaces[name]) < len(places):
-            self.workspaces[name] = pieces.new_empty(len(places) * 5 // 4, *pieces.shape[1:])
-        return torch.index_select(pieces, 0, places, out=self.workspaces[name][: len(places)])
+            gathered = self.pieces[layer].index_select(0, places)
+        else:
+            if len(self.workspace) < len(places):
+                self.workspace = self.workspace.new_empty(len(places) * 5 // 4, *self.workspace.shape[1:])
+            gathered = torch.index_select(self.pieces[layer], 0, places, out=self.workspace[: len(places)])
+        return gathered.view(2, num_rows, self.shape.num_kv_heads, -1, self.shape.head_dim).unbind(0)
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole blocks from source to target, all layers at once."""
         if copies:
             sources, targets = map(list, zip(*copies, strict=True))
-            self.keys_LNHSD[:, targets] = self.keys_LNHSD[:, sources]
-            self.values_LNHSD[:, targets] = self.values_LNHSD[:, sources]
+            self.memory_L2NHSD[:, :, targets] = self.memory_L2NHSD[:, :, sources]
 
 
 def _zeros(dims: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -31,26 +32,29 @@ SMALL_PRODUCT = 2**18
 """Multiply-adds up to which `F.linear` is faster: a call of the packed product costs about 13 µs whatever its size."""
 
 
+def _share(module: nn.Module, **tensors: torch.Tensor | None) -> None:
+    """Set tensors that belong to another module. Past nn.Module's registry, they are also found five times faster."""
+    vars(module).update(tensors)
+
+
 class PackedLinear(nn.Module):
     """A Linear whose float32 weight is packed for oneDNN: 1.5–2.5 times faster than `F.linear` for up to 16 rows on CPU."""
 
     def __init__(self, source: nn.Linear) -> None:
         super().__init__()
-        self.source = (source,)  # a tuple hides it from nn.Module: this module owns the packed copy only
         self.out_features = source.out_features
-        self.bias = source.bias
+        _share(self, weight=source.weight, bias=source.bias)
         self.refresh()
 
-    @property
-    def weight(self) -> torch.Tensor:
-        return self.source[0].weight
-
     def refresh(self) -> None:
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
+        """The weight has changed; it is packed when it is next used so."""
+        self.packed: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.numel() * self.out_features <= SMALL_PRODUCT:
-            return nn.functional.linear(x, self.weight, self.bias)
+            return torch._C._nn.linear(x, self.weight, self.bias)
+        if self.packed is None:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
@@ -59,7 +63,7 @@ class FastRMSNorm(nn.Module):
 
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
-        self.weight = source.weight
+        _share(self, weight=source.weight)
         self.eps = source.variance_epsilon
         self.shape = tuple(source.weight.shape)
 
@@ -73,7 +77,7 @@ class FastRMSNorm(nn.Module):
             return torch.allclose(cls(module)(x), module(x), rtol=1e-6, atol=1e-6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.rms_norm(x, self.shape, self.weight, self.eps)
+        return torch.rms_norm(x, self.shape, self.weight, self.eps)
 
 
 class CastLinear(nn.Module):
@@ -127,6 +131,11 @@ class PolicyView:
     @property
     def vocab_size(self) -> int:
         return self.model.get_output_embeddings().weight.shape[0]
+
+    @cached_property
+    def num_weights(self) -> int:
+        """Parameters, which is about the multiply-adds per token."""
+        return sum(p.numel() for p in self.model.parameters())
 
     @property
     def max_len(self) -> int | None:

@@ -98,7 +98,7 @@ def test_integrity_check_finds_a_leak_and_a_double_free():
 def test_cache_returns_what_was_stored(dtype: torch.dtype):
     shape = KVShape(num_layers=2, num_kv_heads=3, head_dim=8, dtype=dtype, block_size=4)
     cache = KVCache(shape, 6, torch.device("cpu"))
-    assert cache.keys_LNHSD.nbytes + cache.values_LNHSD.nbytes == 6 * shape.block_bytes
+    assert cache.memory_L2NHSD.nbytes == 6 * shape.block_bytes
     keys, values = torch.randn(5, 3, 8), torch.randn(5, 3, 8)
     table = [5, 2]
     slots = torch.tensor([table[i // 4] * 4 + i % 4 for i in range(5)])
