@@ -7,6 +7,8 @@ from collections import deque
 from statistics import median
 
 SAMPLES_KEPT = 15
+MIN_SAMPLES = 3
+"""One slow step is an accident: a bucket that nobody believes in is never measured again."""
 
 
 def bucket_of(num_tokens: int) -> int:
@@ -25,19 +27,20 @@ class StepCost:
     def __init__(self) -> None:
         self.samples: dict[int, deque[float]] = {}
         self.counts: list[int] = []
-        """The measured buckets, sorted."""
+        """The buckets that are measured often enough to be believed, sorted."""
         self.medians: dict[int, float] = {}
 
     def record(self, num_tokens: int, seconds: float) -> None:
         bucket = bucket_of(num_tokens)
-        if bucket not in self.samples:
-            self.samples[bucket] = deque(maxlen=SAMPLES_KEPT)
-            bisect.insort(self.counts, bucket)
-        self.samples[bucket].append(seconds)
-        self.medians[bucket] = median(self.samples[bucket])
+        samples = self.samples.setdefault(bucket, deque(maxlen=SAMPLES_KEPT))
+        samples.append(seconds)
+        if len(samples) >= MIN_SAMPLES:
+            self.medians[bucket] = median(samples)
+            if bucket not in self.counts:
+                bisect.insort(self.counts, bucket)
 
     def seconds(self, num_tokens: int) -> float | None:
-        """Estimated seconds of a step over `num_tokens`, or None before the first measurement."""
+        """Estimated seconds of a step over `num_tokens`, or None before there is a believed measurement."""
         if not self.counts:
             return None
         place = bisect.bisect_right(self.counts, num_tokens)

@@ -47,14 +47,11 @@ class PackedLinear(nn.Module):
         self.refresh()
 
     def refresh(self) -> None:
-        """The weight has changed; it is packed when it is next used so."""
-        self.packed: torch.Tensor | None = None
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.numel() * self.out_features <= SMALL_PRODUCT:
             return torch._C._nn.linear(x, self.weight, self.bias)
-        if self.packed is None:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 

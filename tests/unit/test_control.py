@@ -50,7 +50,10 @@ def test_step_cost_is_a_median_and_interpolates():
     cost = StepCost()
     for seconds in (1.0, 1.0, 50.0):
         cost.record(4, seconds)
-    cost.record(8, 3.0)
+    cost.record(8, 9.0)
+    assert cost.seconds(8) == 1.0, "one sample is not believed"
+    for _ in range(2):
+        cost.record(8, 3.0)
     assert cost.seconds(4) == 1.0
     assert cost.seconds(6) == 2.0
     assert cost.seconds(1) == 1.0 and cost.seconds(100) == 3.0
