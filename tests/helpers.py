@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
@@ -25,7 +24,6 @@ SHAPE = {
     "eos_token_id": None,
     "initializer_range": 0.2,  # far enough from uniform to have something to draft
 }
-SHIPPED_POLICY = Path(__file__).parent.parent / "atlas_rl" / "tasks" / "policy"
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32, **overrides) -> LlamaForCausalLM:

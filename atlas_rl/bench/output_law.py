@@ -29,7 +29,7 @@ from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.types import Rollout, RolloutRequest, SamplingParams
 
-TIE_MARGIN = {torch.float64: 0.0, torch.float32: 1e-4, torch.bfloat16: 0.2}
+TIE_MARGIN = {torch.float64: 0.0, torch.float32: 1e-4}
 
 
 @dataclass(slots=True)

@@ -57,8 +57,5 @@ class StepCost:
 class FixedStepCost:
     """A step cost that never looks at a clock, for deterministic runs: 16 more tokens cost as much as the step itself."""
 
-    def record(self, num_tokens: int, seconds: float) -> None:
-        pass
-
     def seconds(self, num_tokens: int) -> float:
         return 1.0 + num_tokens / 16
