@@ -27,6 +27,7 @@ class SamplingParams:
     ignore_eos: bool = False
     """Treat EOS as an ordinary token; stop tokens still end a completion."""
     eos_token_ids: tuple[int, ...] = ()
+    """Empty: `AtlasRolloutGenerator.generate` takes the model's own."""
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -78,7 +79,7 @@ class RolloutRequest:
 
     prompt_ids: tuple[int, ...]
     seed: int
-    """64 bits; two completions with one seed and one prompt are the same."""
+    """A signed 64-bit integer; two completions with one seed and one prompt are the same."""
     max_new_tokens: int
 
 
