@@ -165,6 +165,10 @@ class PolicyView:
             logits_NV = self.twin.get_output_embeddings()(hidden_ND)
         return scale_logits(logits_NV, self.model.config)
 
+    def packed_linears(self) -> list[PackedLinear]:
+        """The packed products of one forward, head included: what a bench times by themselves."""
+        return [module for module in self.twin.modules() if isinstance(module, PackedLinear)]
+
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
