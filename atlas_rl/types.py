@@ -57,6 +57,12 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
+    def has_filters(self) -> bool:
+        """Whether tokens compete with anything but their scaled logits."""
+        truncates = not self.is_greedy and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+        return truncates or self.repetition_penalty != 1
+
+    @property
     def stopping_ids(self) -> frozenset[int]:
         """The tokens that end a completion (they are its last token)."""
         return frozenset(self.stop_token_ids if self.ignore_eos else self.eos_token_ids + self.stop_token_ids)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from atlas_kernels import cpu
 from atlas_rl.engine.batch import ForwardBatch
 
 NAME = "atlas"
@@ -19,6 +20,8 @@ HARMLESS = frozenset(
     {"position_ids", "use_cache", "is_causal", "output_attentions", "output_hidden_states", "layer_type"}
 )
 """Keywords that modules pass on and that change nothing here."""
+MAX_PAGED_QUERY = 64
+"""Up to this many queries per KV head the CPU kernel, which reads the blocks in place, beats a gather and matrix products."""
 MIN_BATCHED_ROWS = 4
 MAX_SMALL_QUERY = 32
 """From this many rows on, up to this many queries per KV head, two batched products beat the fused kernel in float32 on CPU
@@ -46,14 +49,40 @@ def atlas_attention(
     unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in HARMLESS)
     if unknown or attention_mask is not None or dropout:
         raise NotImplementedError(f"its attention takes {', '.join(unknown) or 'a mask or dropout'}")
-    layer = module.layer_idx
-    atlas.kv_cache.store(layer, atlas.token_places, key_1HND[0].transpose(0, 1), value_1HND[0].transpose(0, 1))
-    keys_RHSD, values_RHSD = atlas.kv_cache.gather(layer, atlas.piece_places, atlas.num_rows)
-    query_RQHD = atlas.pad_queries(query_1HND[0].transpose(0, 1)).to(keys_RHSD.dtype)
-    mask = atlas.mask(sliding_window, keys_RHSD.dtype, query_RQHD.shape[2] // keys_RHSD.shape[1])
-    scaling = scaling if scaling is not None else query_RQHD.shape[-1] ** -0.5
-    output_RQHD = _attend(query_RQHD, keys_RHSD, values_RHSD, mask, scaling, softcap)
-    return atlas.unpad(output_RQHD).unsqueeze(0), None
+    query_NHD, key_NHD, value_NHD = (x[0].transpose(0, 1) for x in (query_1HND, key_1HND, value_1HND))
+    if uses_kernels(atlas) and key_NHD.dtype == torch.float32:
+        cpu.store_kv(key_NHD, value_NHD, atlas.slots_N, atlas.kv_cache.layers[module.layer_idx])
+    else:
+        atlas.kv_cache.store(module.layer_idx, atlas.token_places, key_NHD, value_NHD)
+    scaling = scaling if scaling is not None else query_NHD.shape[-1] ** -0.5
+    return attend(atlas, module.layer_idx, query_NHD, scaling, sliding_window, softcap).unsqueeze(0), None
+
+
+def uses_kernels(batch: ForwardBatch) -> bool:
+    """Whether the compiled CPU kernels take this batch's cache."""
+    shape = batch.kv_cache.shape
+    on_cpu = batch.positions_N.device.type == "cpu" and shape.dtype == torch.float32
+    return on_cpu and cpu.supports(shape.head_dim) and cpu.unavailable_reason() is None
+
+
+def attend(
+    batch: ForwardBatch,
+    layer: int,
+    query_NHD: torch.Tensor,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Attention of a batch's tokens, whose keys and values are stored, over each row's own. Returns [N, H, D]."""
+    kv_cache = batch.kv_cache
+    queries_per_head = batch.max_query_len * query_NHD.shape[1] // kv_cache.shape.num_kv_heads
+    if queries_per_head <= MAX_PAGED_QUERY and query_NHD.dtype == torch.float32 and uses_kernels(batch):
+        rows = (batch.block_tables_RM, batch.starts_R, batch.query_lens_R)
+        return cpu.paged_attention(query_NHD, kv_cache.layers[layer], *rows, scaling, sliding_window, softcap)
+    keys_RHSD, values_RHSD = kv_cache.gather(layer, batch.piece_places, batch.num_rows)
+    query_RQHD = batch.pad_queries(query_NHD).to(keys_RHSD.dtype)
+    mask = batch.mask(sliding_window, keys_RHSD.dtype, query_RQHD.shape[2] // keys_RHSD.shape[1])
+    return batch.unpad(_attend(query_RQHD, keys_RHSD, values_RHSD, mask, scaling, softcap))
 
 
 def _attend(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ import torch
 from atlas_rl.engine.kv_cache import KVCache
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(kw_only=True)
 class ForwardBatch:
     kv_cache: KVCache
     input_ids: np.ndarray
@@ -22,19 +24,16 @@ class ForwardBatch:
     """[N] tokens and their positions, as the host knows them."""
     input_ids_N: torch.Tensor
     positions_N: torch.Tensor
-    token_places: torch.Tensor
-    """Where each token's key and value go (`KVCache.token_places`)."""
-    piece_places: torch.Tensor
-    """Where each row's keys and values are (`KVCache.piece_places`)."""
-    num_kv_slots: int
-    """S: KV slots per row, a multiple of the block size."""
+    slots_N: torch.Tensor
+    """Where each token's key and value go: block * block_size + offset."""
+    block_tables_RM: torch.Tensor
+    """Where each row's keys and values are; block 0 pads."""
+    starts_R: torch.Tensor
+    query_lens_R: torch.Tensor
+    """Position of each row's first token in this forward, and how many tokens it has."""
     query_lens: np.ndarray
-    """[R] tokens of each row in this forward."""
+    """[R] the same for the host."""
     max_query_len: int
-    padded_positions_RQ: torch.Tensor
-    """Positions by row; a row's padding repeats its last one."""
-    padded_index_N: torch.Tensor | None
-    """Place of each token among R * Q padded ones; None where no row is padded."""
     masks: dict[tuple[int | None, torch.dtype, int], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -56,14 +55,11 @@ class ForwardBatch:
         for row, table in enumerate(block_tables):
             blocks_RM[row, : len(table)] = table[:num_blocks]
 
-        offsets_Q = np.arange(max_query_len)
-        padded_RQ = start_R[:, None] + np.minimum(offsets_Q, query_lens[:, None] - 1)
-        is_token_RQ = offsets_Q < query_lens[:, None]
-        ragged = not is_token_RQ.all()
         rows_N = np.repeat(np.arange(len(token_ids)), query_lens)
-        positions_N = padded_RQ[is_token_RQ]
+        row_starts = np.cumsum(query_lens) - query_lens
+        positions_N = np.arange(len(rows_N)) + np.repeat(start_R - row_starts, query_lens)
         slots_N = blocks_RM[rows_N, positions_N // block_size] * block_size + positions_N % block_size
-        flat_ids = np.fromiter((token for row in token_ids for token in row), np.int64, int(query_lens.sum()))
+        flat_ids = np.fromiter(chain.from_iterable(token_ids), np.int64, len(rows_N))
 
         def to_device(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array).to(device, non_blocking=True)
@@ -74,13 +70,12 @@ class ForwardBatch:
             positions=positions_N,
             input_ids_N=to_device(flat_ids),
             positions_N=to_device(positions_N),
-            token_places=kv_cache.token_places(to_device(slots_N)),
-            piece_places=kv_cache.piece_places(to_device(blocks_RM)),
-            num_kv_slots=num_blocks * block_size,
+            slots_N=to_device(slots_N),
+            block_tables_RM=to_device(blocks_RM),
+            starts_R=to_device(start_R),
+            query_lens_R=to_device(query_lens),
             query_lens=query_lens,
             max_query_len=max_query_len,
-            padded_positions_RQ=to_device(padded_RQ),
-            padded_index_N=to_device(np.flatnonzero(is_token_RQ)) if ragged else None,
         )
 
     @property
@@ -91,12 +86,41 @@ class ForwardBatch:
     def num_tokens(self) -> int:
         return len(self.input_ids_N)
 
+    @property
+    def num_kv_slots(self) -> int:
+        """S: KV slots per row, a multiple of the block size."""
+        return self.block_tables_RM.shape[1] * self.kv_cache.shape.block_size
+
+    @cached_property
+    def token_places(self) -> torch.Tensor:
+        return self.kv_cache.token_places(self.slots_N)
+
+    @cached_property
+    def piece_places(self) -> torch.Tensor:
+        return self.kv_cache.piece_places(self.block_tables_RM)
+
+    @cached_property
+    def is_token_RQ(self) -> torch.Tensor | None:
+        """Which of R * Q padded places hold a token; None where no row is padded."""
+        if self.num_tokens == self.num_rows * self.max_query_len:
+            return None
+        return torch.arange(self.max_query_len, device=self.positions_N.device) < self.query_lens_R[:, None]
+
+    @cached_property
+    def padded_index_N(self) -> torch.Tensor | None:
+        """Place of each token among R * Q padded ones; None where no row is padded."""
+        return None if self.is_token_RQ is None else self.is_token_RQ.flatten().nonzero()[:, 0]
+
     def mask(self, sliding_window: int | None, dtype: torch.dtype, num_copies: int) -> torch.Tensor:
-        """Additive causal mask [R, 1, num_copies * Q (or 1), S], built once per forward for all layers of one kind."""
+        """Additive causal mask [R, 1, num_copies * Q (or 1), S], built once per forward for all layers of one kind.
+
+        A row's padding is masked as its last token is."""
         key = (sliding_window, dtype, num_copies)
         if key not in self.masks:
             slots_S = torch.arange(self.num_kv_slots, device=self.positions_N.device)
-            distance_RQS = self.padded_positions_RQ[:, :, None] - slots_S
+            offsets_Q = torch.arange(self.max_query_len, device=self.positions_N.device)
+            padded_positions_RQ = self.starts_R[:, None] + offsets_Q.minimum(self.query_lens_R[:, None] - 1)
+            distance_RQS = padded_positions_RQ[:, :, None] - slots_S
             hidden = distance_RQS < 0
             if sliding_window is not None:
                 hidden |= distance_RQS >= sliding_window

@@ -41,6 +41,7 @@ class KVCache:
         self.shape = shape
         dims = (shape.num_layers, 2, num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
         self.memory_L2NHSD = _zeros(dims, shape.dtype, device)  # 2: keys, values
+        self.layers = list(self.memory_L2NHSD)
         self.num_pieces = num_blocks * shape.num_kv_heads
         self.heads_H = torch.arange(shape.num_kv_heads, device=device)
         # per layer, the same memory as (block, head) pieces [2 * N * H, S, D], and as single tokens of a head [N * H * S, D]

@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 
 from atlas_rl.engine import attention
 from atlas_rl.engine.batch import ForwardBatch
+from atlas_rl.engine.fused_decoder import FusedDecoder
 from atlas_rl.engine.kv_cache import KVShape
+from atlas_rl.engine.linears import CastLinear, PackedLinear, is_linear, share
 from atlas_rl.engine.twin import (
     UnsupportedModel,
     build_twin,
@@ -28,39 +30,13 @@ from atlas_rl.engine.twin import (
     unsupported_reason,
 )
 
-SMALL_PRODUCT = 2**18
-"""Multiply-adds up to which `F.linear` is faster: a call of the packed product costs about 13 µs whatever its size."""
-
-
-def _share(module: nn.Module, **tensors: torch.Tensor | None) -> None:
-    """Set tensors that belong to another module. Past nn.Module's registry, they are also found five times faster."""
-    vars(module).update(tensors)
-
-
-class PackedLinear(nn.Module):
-    """A Linear whose float32 weight is packed for oneDNN: 1.5–2.5 times faster than `F.linear` for up to 16 rows on CPU."""
-
-    def __init__(self, source: nn.Linear) -> None:
-        super().__init__()
-        self.out_features = source.out_features
-        _share(self, weight=source.weight, bias=source.bias)
-        self.refresh()
-
-    def refresh(self) -> None:
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.numel() * self.out_features <= SMALL_PRODUCT:
-            return torch._C._nn.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-
 
 class FastRMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight in one call; the modules of transformers take seven."""
 
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
-        _share(self, weight=source.weight)
+        share(self, weight=source.weight)
         self.eps = source.variance_epsilon
         self.shape = tuple(source.weight.shape)
 
@@ -75,25 +51,6 @@ class FastRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.rms_norm(x, self.shape, self.weight, self.eps)
-
-
-class CastLinear(nn.Module):
-    """A Linear whose weight is kept in the autocast dtype: what autocast computes, without casting the weight at every step."""
-
-    def __init__(self, source: nn.Linear, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.source = (source,)
-        self.weight = source.weight.detach().to(dtype)
-        self.bias = None if source.bias is None else source.bias.detach().to(dtype)
-
-    def refresh(self) -> None:
-        (source,) = self.source
-        self.weight.copy_(source.weight)
-        if self.bias is not None:
-            self.bias.copy_(source.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
 
 
 class PolicyView:
@@ -118,11 +75,17 @@ class PolicyView:
         if mismatch is not None:
             raise UnsupportedModel(mismatch)
         self.twin = build_twin(model, attention.NAME)
+        self.fused: FusedDecoder | None = None
+        """The twin's layers in a form that decodes faster, where there is one."""
         if self.autocast_dtype is not None:
             self._replace(is_linear, lambda linear: CastLinear(linear, self.autocast_dtype))
         elif pack_linears and self.device.type == "cpu" and self.compute_dtype == torch.float32:
-            self._replace(is_linear, PackedLinear)
-            self._replace(FastRMSNorm.fits, FastRMSNorm)
+            self.fused = FusedDecoder.of(self.twin)
+            if self.fused is None:
+                self._replace(is_linear, PackedLinear)
+                self._replace(FastRMSNorm.fits, FastRMSNorm)
+            else:
+                self.twin.set_output_embeddings(PackedLinear(self.twin.get_output_embeddings()))
         self.fingerprint = self._fingerprint()
 
     @property
@@ -149,13 +112,16 @@ class PolicyView:
             return False
         self.fingerprint = fingerprint
         with torch.no_grad():
-            for module in self.twin.modules():
-                if isinstance(module, (PackedLinear, CastLinear)):
-                    module.refresh()
+            for linear in self._copies():
+                linear.refresh()
+            if self.fused is not None:
+                self.fused.take_norms()
         return True
 
     def hidden_states(self, batch: ForwardBatch) -> torch.Tensor:
         """Last hidden states [N, D] (after the final norm) of a batch whose KV lands in its cache."""
+        if self.fused is not None:
+            return self.fused(batch)
         with self._autocast():
             return run_twin(self.twin, batch)
 
@@ -166,8 +132,13 @@ class PolicyView:
         return scale_logits(logits_NV, self.model.config)
 
     def packed_linears(self) -> list[PackedLinear]:
-        """The packed products of one forward, head included: what a bench times by themselves."""
-        return [module for module in self.twin.modules() if isinstance(module, PackedLinear)]
+        """The packed products of one forward, in order, head included: what a bench times by themselves."""
+        return [module for module in self._copies() if isinstance(module, PackedLinear)]
+
+    def _copies(self) -> list[PackedLinear | CastLinear]:
+        """What holds a copy of the trainer's weights."""
+        fused = [] if self.fused is None else self.fused.linears()
+        return fused + [module for module in self.twin.modules() if isinstance(module, (PackedLinear, CastLinear))]
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.autocast_dtype is None:
@@ -184,12 +155,9 @@ class PolicyView:
         """Changes whenever the weights do: version counters catch optimizers, sums of the bits what goes through `.data`."""
         parameters = [p.detach() for p in self.model.parameters()]
         versions = [0 if p.is_inference() else p._version for p in parameters]
+        places = [p.data_ptr() for p in parameters]  # kernels read some of them where they are
         sums = [p.view(INTEGERS[p.element_size()]).sum(dtype=torch.int64) for p in parameters]
-        return versions + torch.stack(sums).tolist()
-
-
-def is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear  # a subclass may compute something else
+        return versions + places + torch.stack(sums).tolist()
 
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from atlas_kernels import gumbel_noise, row_keys
+from atlas_kernels import coupled_sample, row_keys
 from atlas_rl.types import SamplingParams
 
 
@@ -59,14 +59,13 @@ def sample(logits_NV: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor,
     params = batch.params
     logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
     temperature = 1.0 if params.is_greedy else params.temperature
+    keys_2N = None if params.is_greedy else batch.keys_2N
+    if not params.has_filters and batch.too_early_N is None:
+        return coupled_sample(logits_NV, keys_2N, temperature)
     scaled_NV = logits_NV if temperature == 1 else logits_NV / temperature
-    log_norm_N = scaled_NV.logsumexp(-1)
-    scores_NV = filter_scores(logits_NV, scaled_NV, batch)
-    if not params.is_greedy:
-        noise_NV = gumbel_noise(batch.keys_2N, logits_NV.shape[1], logits_NV.dtype)
-        scores_NV = noise_NV.add_(scores_NV)
-    tokens_N = scores_NV.argmax(-1)
-    return tokens_N, scaled_NV.gather(-1, tokens_N[:, None])[:, 0] - log_norm_N
+    # the filters leave the log-prob alone: it is that of the unfiltered distribution
+    tokens_N, _ = coupled_sample(filter_scores(logits_NV, scaled_NV, batch), keys_2N, 1.0)
+    return tokens_N, scaled_NV.gather(-1, tokens_N[:, None])[:, 0] - scaled_NV.logsumexp(-1)
 
 
 def filter_scores(logits_NV: torch.Tensor, scaled_NV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:

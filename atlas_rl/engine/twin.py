@@ -90,19 +90,14 @@ def build_twin(model: PreTrainedModel, attn_implementation: str, sliding_window:
 def probe_mismatch(model: PreTrainedModel, autocast: Callable[[], contextlib.AbstractContextManager]) -> str | None:
     """Compare the twin with one that runs transformers' own attention, over a few tokens in two chunks; None if they agree."""
     weight = model.get_input_embeddings().weight
-    ids_N = torch.arange(PROBE_LEN, device=weight.device) * 7919 % weight.shape[0]
+    ids_N = torch.tensor(probe_ids(weight.shape[0]), device=weight.device)
     try:
         twin = build_twin(model, attention.NAME, PROBE_WINDOW)
         reference = build_twin(model, "eager", PROBE_WINDOW)
         with autocast():
             expected_NV = reference(ids_N[None], use_cache=False).logits[0]
-            cache = KVCache(kv_shape(model, expected_NV.dtype, block_size=PROBE_WINDOW), PROBE_LEN, weight.device)
-            table = list(range(PROBE_LEN // PROBE_WINDOW))
-            hidden = []
-            for start, end in ((0, PROBE_LEN // 2), (PROBE_LEN // 2, PROBE_LEN)):
-                batch = ForwardBatch.build(cache, [ids_N[start:end].tolist()], [start], [table])
-                hidden.append(run_twin(twin, batch))
-            logits_NV = scale_logits(twin.get_output_embeddings()(torch.cat(hidden)), model.config)
+            hidden = torch.cat([run_twin(twin, batch) for batch in probe_batches(model, expected_NV.dtype)])
+            logits_NV = scale_logits(twin.get_output_embeddings()(hidden), model.config)
     except UnsupportedModel:
         raise
     except Exception as error:  # whatever an architecture does that ours cannot: the original `generate` serves it
@@ -113,6 +108,18 @@ def probe_mismatch(model: PreTrainedModel, autocast: Callable[[], contextlib.Abs
             f"{type(model).__name__} computes other logits on Atlas' attention (relative difference {float(error):.1e})"
         )
     return None
+
+
+def probe_ids(vocab_size: int) -> list[int]:
+    return [i * 7919 % vocab_size for i in range(PROBE_LEN)]
+
+
+def probe_batches(model: PreTrainedModel, dtype: torch.dtype) -> list[ForwardBatch]:
+    """The probe's tokens in two chunks over one cache."""
+    weight, half = model.get_input_embeddings().weight, PROBE_LEN // 2
+    cache = KVCache(kv_shape(model, dtype, block_size=PROBE_WINDOW), PROBE_LEN, weight.device)
+    ids, table = probe_ids(weight.shape[0]), list(range(PROBE_LEN // PROBE_WINDOW))
+    return [ForwardBatch.build(cache, [ids[start : start + half]], [start], [table]) for start in (0, half)]
 
 
 def run_twin(twin: PreTrainedModel, batch: ForwardBatch) -> torch.Tensor:

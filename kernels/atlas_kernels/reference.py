@@ -64,6 +64,120 @@ def gumbel_noise(keys_2N: torch.Tensor, vocab_size: int, dtype: torch.dtype = to
     return v.to(dtype).neg_().log1p_().neg_().log_().neg_()  # v is float32 in either dtype: near 1 its rounding shows
 
 
+def rms_norm(x_ND: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x²) + eps) · weight."""
+    return torch.rms_norm(x_ND, weight_D.shape, weight_D, eps)
+
+
+def small_linear(
+    x_ND: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    residual_NO: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x W^T + b for each weight [O_i, D] and its bias, side by side, plus a residual. Returns [N, sum of O_i]."""
+    outputs = [torch.nn.functional.linear(x_ND, w, b) for w, b in zip(weights, biases, strict=True)]
+    return torch.cat(outputs, dim=-1) + (0 if residual_NO is None else residual_NO)
+
+
+def silu_mul(gate_up_NI: torch.Tensor) -> torch.Tensor:
+    """silu(gate) · up, of [N, 2 I] that holds gate and up side by side. Returns [N, I]."""
+    gate_NI, up_NI = gate_up_NI.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate_NI) * up_NI
+
+
+def rope_and_store(
+    qkv_ND: torch.Tensor,
+    query_norm: torch.Tensor | None,
+    key_norm: torch.Tensor | None,
+    eps: float,
+    cos_PD: torch.Tensor,
+    sin_PD: torch.Tensor,
+    positions_N: torch.Tensor,
+    slots_N: torch.Tensor,
+    kv_2BHSD: torch.Tensor,
+) -> torch.Tensor:
+    """Norm each head of queries and keys (where weights are given), rotate them, and put keys and values into the cache.
+
+    Args:
+        qkv_ND: [N, (heads + 2 KV heads) · D], queries, keys, values side by side; may be overwritten.
+        cos_PD, sin_PD: [positions, D / 2], of the half-split rotation.
+        slots_N: block · S + offset of each token's place in kv_2BHSD, one layer of the cache [2, blocks, KV heads, S, D].
+    Returns:
+        The queries [N, heads, D].
+    """
+    num_kv_heads, head_dim = kv_2BHSD.shape[2], kv_2BHSD.shape[4]
+    heads_NHD = qkv_ND.view(len(qkv_ND), -1, head_dim)
+    num_heads = heads_NHD.shape[1] - 2 * num_kv_heads
+    query, key, value = heads_NHD.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    cos, sin = cos_PD[positions_N][:, None], sin_PD[positions_N][:, None]
+
+    def rotated(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        x = x if weight is None else rms_norm(x, weight, eps)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+    store_kv(rotated(key, key_norm), value, slots_N, kv_2BHSD)
+    return rotated(query, query_norm)
+
+
+def store_kv(key_NHD: torch.Tensor, value_NHD: torch.Tensor, slots_N: torch.Tensor, kv_2BHSD: torch.Tensor) -> None:
+    """Put one key and value per token into one layer of the cache."""
+    block_N, offset_N = slots_N // kv_2BHSD.shape[3], slots_N % kv_2BHSD.shape[3]
+    kv_2BHSD[0, block_N, :, offset_N] = key_NHD
+    kv_2BHSD[1, block_N, :, offset_N] = value_NHD
+
+
+def paged_attention(
+    query_NHD: torch.Tensor,
+    kv_2BHSD: torch.Tensor,
+    block_tables_RM: torch.Tensor,
+    starts_R: torch.Tensor,
+    query_lens_R: torch.Tensor,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Causal attention of each row's tokens over the row's own keys and values, which include those tokens'.
+
+    Args:
+        query_NHD: [N, heads, D], the tokens of R rows back to back, query_lens_R each; row r's sit at positions starts_R[r], ….
+        kv_2BHSD: one layer of the cache, [2, blocks, KV heads, S, D]. block_tables_RM: [R, M] int64 blocks of each row.
+        sliding_window: a token sees itself and this many less one before it. softcap: scores become c · tanh(score / c).
+    Returns:
+        [N, heads, D].
+    """
+    outputs, token = [], 0
+    groups = query_NHD.shape[1] // kv_2BHSD.shape[2]
+    for blocks_M, start, length in zip(block_tables_RM, starts_R.tolist(), query_lens_R.tolist(), strict=True):
+        keys, values = kv_2BHSD[:, blocks_M].transpose(1, 2).flatten(2, 3).repeat_interleave(groups, 1).unbind(0)
+        query_HQD = query_NHD[token : token + length].transpose(0, 1)
+        token += length
+        scores = query_HQD @ keys.transpose(1, 2) * scaling
+        if softcap:
+            scores = torch.tanh(scores / softcap) * softcap
+        distance = torch.arange(start, start + length)[:, None] - torch.arange(keys.shape[1])
+        hidden = (distance < 0) | (distance >= (sliding_window or keys.shape[1]))
+        outputs.append((scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def coupled_sample(
+    logits_NV: torch.Tensor, keys_2N: torch.Tensor | None, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """argmax(logits / T + Gumbel noise) per row and its log softmax(logits / T); without keys the plain argmax.
+
+    Returns:
+        [N] int64 token ids, [N] log-probs; NaN where a row of logits holds NaN or +inf.
+    """
+    scaled_NV = logits_NV if temperature == 1 else logits_NV / temperature
+    scores_NV = scaled_NV
+    if keys_2N is not None:
+        scores_NV = gumbel_noise(keys_2N, logits_NV.shape[1], logits_NV.dtype).add_(scaled_NV)
+    tokens_N = scores_NV.argmax(-1)
+    return tokens_N, scaled_NV.gather(-1, tokens_N[:, None])[:, 0] - scaled_NV.logsumexp(-1)
+
+
 def _splitmix64(x: np.ndarray) -> np.ndarray:
     """The generator of Steele, Lea, Flood (2014): one step from state x."""
     x = x + GOLDEN

@@ -12,14 +12,21 @@ from transformers import (
     BloomForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 
+from atlas_kernels import cpu
 from atlas_rl.config import AtlasConfig
-from atlas_rl.engine.policy_view import CastLinear, PackedLinear, PolicyView
-from atlas_rl.engine.twin import UnsupportedModel
+from atlas_rl.engine.fused_decoder import FusedDecoder
+from atlas_rl.engine.linears import CastLinear, PackedLinear
+from atlas_rl.engine.policy_view import PolicyView
+from atlas_rl.engine.twin import UnsupportedModel, build_twin
 from atlas_rl.types import SamplingParams
 
 PLAIN = AtlasConfig(speculate=False)
@@ -67,11 +74,56 @@ def test_the_model_is_left_alone(name: str, training: bool):
 def test_float32_on_cpu_is_packed_and_shares_the_rest():
     model = tiny_llama()
     view = PolicyView(model)
-    kinds = {type(m) for m in view.twin.modules()}
-    assert PackedLinear in kinds and torch.nn.Linear not in kinds
+    assert all(isinstance(linear, PackedLinear) for linear in view.packed_linears())
+    num_weights = sum(linear.num_weights for linear in view.packed_linears())
+    assert num_weights == sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     assert view.twin.model.embed_tokens.weight is model.model.embed_tokens.weight
     assert view.twin.model.norm.weight is model.model.norm.weight
     assert PolicyView(model, pack_linears=False).twin.lm_head.weight is model.lm_head.weight
+
+
+SOME_WINDOWS = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
+FUSED = {
+    "llama": tiny_llama,
+    "llama with biases": lambda: tiny_llama(attention_bias=True, mlp_bias=True),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=9)).eval(),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE | SOME_WINDOWS)).eval(),
+    "qwen3": tiny_qwen3,
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_layers_compute_what_the_modules_compute(name: str, monkeypatch):
+    """The same tokens and log-probs with the compiled kernels and without, in batches of few rows and of many."""
+    torch.manual_seed(0)
+    model = FUSED[name]()
+    for parameter in model.parameters():  # biases and norms that start at 0 or 1 would prove nothing
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    requests = make_requests(5, 3)
+    sampling = SamplingParams(temperature=0.8)
+    engine = make_engine(model, PLAIN)
+    assert (engine.view.fused is None) == (cpu.unavailable_reason() is not None)
+    fused = engine.generate(requests, sampling)
+    few = engine.generate(requests[:1], sampling)
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda: "switched off")
+    engine = make_engine(model, PLAIN)
+    assert engine.view.fused is None
+    modules = engine.generate(requests, sampling)
+    for a, b in zip(fused + few, modules + modules[:1], strict=True):
+        assert a.token_ids == b.token_ids
+        torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=1e-4)
+
+
+def test_an_unknown_layer_is_not_fused():
+    """A Linear that is more than a Linear, and an activation that is not SiLU."""
+    assert PolicyView(tiny_llama(hidden_act="gelu")).fused is None
+    twin = build_twin(tiny_llama(), "atlas")
+    assert FusedDecoder.of(twin) is not None
+    twin.model.layers[1].mlp.up_proj.__class__ = type("ScaledLinear", (torch.nn.Linear,), {})
+    assert FusedDecoder.of(twin) is None
+    twin = build_twin(tiny_llama(), "atlas")
+    twin.model.layers[1].mlp.forward = lambda x: 0 * x  # looks right, computes something else
+    assert FusedDecoder.of(twin) is None
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -85,7 +137,13 @@ def test_weights_are_followed(name: str, tied: bool):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     model(torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
     weight = model.model.layers[1].self_attn.q_proj.weight
+    norm = model.model.layers[0].input_layernorm.weight
+
+    def move(parameter: torch.nn.Parameter) -> None:
+        parameter.data = 1.1 * parameter.data
+
     changes = [optimizer.step, lambda: weight.data.neg_(), lambda: weight.data.add_(1e-6 * weight.sign())]
+    changes += [lambda: move(weight), lambda: move(norm), lambda: norm.data.mul_(1.2)]
     for change in changes:
         fingerprint = engine.view.fingerprint
         change()
