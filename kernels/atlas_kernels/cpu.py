@@ -1,26 +1,13 @@
-"""CPU kernels: `cpu_ops.cpp`, compiled on first use for the processor at hand (two seconds, then kept), called through ctypes.
-
-Same signatures as the torch twins in `reference`, float32 only. They run on torch's own OpenMP threads: `torch.set_num_threads`
-holds for them too, and no second set of threads spins beside torch's.
-"""
+"""CPU kernels in float32 (`cpu_ops.cpp`), with the signatures of their torch twins in `reference`."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import hashlib
-import os
-import platform
-import subprocess
-import tempfile
 from ctypes import c_float, c_int64, c_void_p
-from pathlib import Path
 
 import torch
-from torch.utils import cpp_extension
 
-SOURCE = Path(__file__).with_name("cpu_ops.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+from atlas_kernels import native
+
 POINTER, INT, FLOAT = c_void_p, c_int64, c_float
 SIGNATURES = {
     "rms_norm": [POINTER] * 2 + [FLOAT] + [INT] * 2 + [POINTER],
@@ -33,14 +20,12 @@ SIGNATURES = {
 }
 
 
-@functools.cache
+LIBRARY = native.Library(native.FOLDER / "cpu_ops.cpp", SIGNATURES)
+
+
 def unavailable_reason() -> str | None:
     """Why the kernels cannot be used on this machine; None where they can."""
-    try:
-        _library()
-    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
-        return str(error) or type(error).__name__
-    return None
+    return LIBRARY.unavailable_reason
 
 
 def supports(head_dim: int) -> bool:
@@ -48,62 +33,10 @@ def supports(head_dim: int) -> bool:
     return head_dim % 16 == 0 and head_dim <= 256
 
 
-@functools.cache
-def _library() -> ctypes.CDLL:
-    path = _build_dir() / f"atlas_cpu_ops_{_fingerprint()}.so"
-    if not path.exists():
-        _compile(path)
-    # torch's own OpenMP runtime, made visible to us: a second one would bring threads that compete with torch's
-    ctypes.CDLL(_openmp_runtime(), mode=ctypes.RTLD_GLOBAL)
-    library = ctypes.CDLL(str(path))
-    for name, argtypes in SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = argtypes, None
-    return library
-
-
-def _compile(path: Path) -> None:
-    """Written beside and renamed into place: other processes may be doing the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        # not linked with an OpenMP runtime: the symbols are those of the one that torch has loaded
-        steps = (["-c", str(SOURCE), "-o", f"{made}.o"], ["-shared", f"{made}.o", "-o", str(made)])
-        compiler = cpp_extension.get_cxx_compiler()
-        for arguments in (FLAGS + tuple(steps[0]), tuple(steps[1])):
-            done = subprocess.run([compiler, *arguments], capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{compiler} failed: {done.stderr.strip()[-300:]}")
-        os.replace(made, path)
-
-
-def _build_dir() -> Path:
-    """Where torch keeps the extensions that it compiles."""
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "atlas_kernels"
-
-
-def _fingerprint() -> str:
-    """Of the source, the flags and the processor: a home directory may be shared by different machines."""
-    processor = platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith(("flags", "Features")):
-            processor += line
-            break
-    return hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode() + processor.encode()).hexdigest()[:16]
-
-
-def _openmp_runtime() -> str:
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        name = line.rsplit("/", 1)[-1]
-        if name.startswith(("libgomp", "libiomp5", "libomp")):
-            return line[line.index("/") :]
-    raise RuntimeError("torch has loaded no OpenMP runtime")
-
-
 def rms_norm(x_ND: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
     """See `reference.rms_norm`."""
     out = torch.empty_like(x_ND)
-    _library().rms_norm(x_ND.data_ptr(), weight_D.data_ptr(), eps, *x_ND.shape, out.data_ptr())
+    LIBRARY.functions.rms_norm(x_ND.data_ptr(), weight_D.data_ptr(), eps, *x_ND.shape, out.data_ptr())
     return out
 
 
@@ -130,7 +63,7 @@ class SmallLinear:
         num_tokens, size = x_ND.shape
         out = x_ND.new_empty(num_tokens, self.width)
         residual = None if residual_NO is None else residual_NO.data_ptr()
-        _library().small_linear(
+        LIBRARY.functions.small_linear(
             x_ND.data_ptr(),
             self.pointers,
             self.biases,
@@ -149,7 +82,7 @@ def silu_mul(gate_up_NI: torch.Tensor) -> torch.Tensor:
     """See `reference.silu_mul`."""
     num_tokens, width = gate_up_NI.shape
     out = gate_up_NI.new_empty(num_tokens, width // 2)
-    _library().silu_mul(gate_up_NI.data_ptr(), num_tokens, width // 2, out.data_ptr())
+    LIBRARY.functions.silu_mul(gate_up_NI.data_ptr(), num_tokens, width // 2, out.data_ptr())
     return out
 
 
@@ -169,7 +102,7 @@ def rope_and_store(
     keys = kv_2BHSD.data_ptr()
     num_tokens, width = qkv_ND.shape
     num_heads = width // head_dim - 2 * num_kv_heads
-    _library().rope_and_store(
+    LIBRARY.functions.rope_and_store(
         qkv_ND.data_ptr(),
         query_norm.data_ptr() if query_norm is not None else None,
         key_norm.data_ptr() if key_norm is not None else None,
@@ -194,7 +127,7 @@ def store_kv(key_NHD: torch.Tensor, value_NHD: torch.Tensor, slots_N: torch.Tens
     if not (key_NHD.stride() == value_NHD.stride() and key_NHD.stride(2) == 1):
         key_NHD, value_NHD = key_NHD.contiguous(), value_NHD.contiguous()
     keys = kv_2BHSD.data_ptr()
-    _library().store_kv(
+    LIBRARY.functions.store_kv(
         key_NHD.data_ptr(),
         value_NHD.data_ptr(),
         key_NHD.stride(0),
@@ -224,7 +157,7 @@ def paged_attention(
     _, _, num_kv_heads, block_size, _ = kv_2BHSD.shape
     keys = kv_2BHSD.data_ptr()
     out = query_NHD.new_empty(num_tokens, num_heads, head_dim)
-    _library().paged_attention(
+    LIBRARY.functions.paged_attention(
         query_NHD.data_ptr(),
         query_NHD.stride(0),
         query_NHD.stride(1),
@@ -254,7 +187,7 @@ def coupled_sample(
     tokens_N = torch.empty(num_rows, dtype=torch.int64)
     logprobs_N = torch.empty(num_rows)
     offsets, strides = (None, None) if keys_2N is None else (keys_2N[0].data_ptr(), keys_2N[1].data_ptr())
-    _library().coupled_sample(
+    LIBRARY.functions.coupled_sample(
         logits_NV.data_ptr(),
         num_rows,
         vocab_size,

@@ -10,6 +10,8 @@
 #include <limits>
 #include <vector>
 
+#include "noise.h"
+
 namespace {
 
 constexpr int LANES = 16;
@@ -209,15 +211,6 @@ void product_of(const float* x, const float* weight, int64_t size, float* out, i
                            residual ? residual + o : nullptr);
 }
 
-inline uint32_t noise_bits(uint32_t token, uint32_t offset, uint32_t stride) {
-    uint32_t x = token * stride + offset;
-    x = (x ^ (x >> 16)) * 0x7FEB352Du;
-    x = (x ^ (x >> 15)) * 0x846CA68Bu;
-    return (x ^ (x >> 16)) >> 1;
-}
-
-inline float uniform(uint32_t bits) { return ((float)(int32_t)bits + 0.5f) * 4.656612873077393e-10f; }
-
 }  // namespace
 
 extern "C" {
@@ -354,16 +347,17 @@ void coupled_sample(const float* logits, int64_t num_rows, int64_t vocab_size, f
                 while (winner < vocab_size - 1 && row[winner] != highest) winner++;
             } else {
                 float best = -std::numeric_limits<float>::infinity(), race = std::numeric_limits<float>::infinity();
+                const atlas::RowKeys keys{offsets[n], strides[n]};
                 for (int64_t start = 0; start < vocab_size; start += 64) {
                     const int64_t end = std::min(vocab_size, start + 64);
                     int open = 0;
                     // a margin for the roundings on either side of the comparison
 #pragma omp simd reduction(| : open)
                     for (int64_t i = start; i < end; i++)
-                        open |= uniform(noise_bits((uint32_t)i, offsets[n], strides[n])) <= probs[i] * race * 1.001f;
+                        open |= atlas::uniform(atlas::noise_bits((uint32_t)i, keys)) <= probs[i] * race * 1.001f;
                     if (!open) continue;
                     for (int64_t i = start; i < end; i++) {
-                        const float v = std::min(uniform(noise_bits((uint32_t)i, offsets[n], strides[n])), 0.99999994f);
+                        const float v = atlas::uniform(atlas::noise_bits((uint32_t)i, keys));
                         if (!(v <= probs[i] * race * 1.001f)) continue;
                         const float e = -std::log1p(-v), score = row[i] / temperature - std::log(e);
                         if (score > best) best = score, winner = i, race = e / probs[i];
