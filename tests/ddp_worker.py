@@ -24,9 +24,7 @@ class SlowStart(TrainerCallback):
 def main(policy: Path, output_dir: Path) -> None:
     torch.set_num_threads(1)
     atlas = AtlasRolloutGenerator()
-    trainer = make_trainer(
-        "GRPOTrainer", policy, output_dir, [SlowStart(), atlas], per_device_train_batch_size=3, ddp_timeout=60
-    )
+    trainer = make_trainer("GRPOTrainer", policy, output_dir, [SlowStart(), atlas], num_generations=4, ddp_timeout=60)
     rank = trainer.accelerator.process_index
     prompts, completions = record(trainer)
     trainer.train()
