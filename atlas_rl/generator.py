@@ -56,7 +56,7 @@ class AtlasRolloutGenerator(TrainerCallback):
         weights that are trained, and costs the trainer one more forward).
 
         Raises:
-            ValueError: the target is neither a trainer nor a transformers model, or a trainer that takes no log-probs.
+            ValueError: the target is neither a trainer nor a transformers model; `logprobs` for one that cannot take them.
         """
         if logprobs:
             _check_logprobs(target)

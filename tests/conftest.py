@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from atlas_rl import AtlasRolloutGenerator
 from atlas_rl.tasks import policy_path
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
@@ -27,3 +28,11 @@ def tiny_policy(tmp_path_factory) -> Path:
     from recipes import save_tiny_policy
 
     return save_tiny_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture
+def atlas():
+    """A generator that is detached in the end: a trainer's callback stays attached after training."""
+    generator = AtlasRolloutGenerator()
+    yield generator
+    generator.detach()

@@ -8,6 +8,7 @@ import json
 import pkgutil
 import textwrap
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ RECIPES = {
 }
 EVALUATES_WITHOUT_GENERATING = {"GOLDTrainer", "IWOPDTrainer", "GKDTrainer"}
 CANNOT_EVALUATE = {"OnlineDPOTrainer"}
+"""TRL gives the model a batch that is not made for it."""
 SAMPLES_FOR_THE_LOG = {"CPOTrainer": Recipe(rows=PREFERENCES), "ORPOTrainer": Recipe(rows=PREFERENCES)}
 """Trained on given data; they generate to show samples during evaluation."""
 ELSEWHERE = {
@@ -129,6 +131,7 @@ def rollout_rows(output_dir: Path) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if row["kind"] == "rollout"]
 
 
+@cache
 def online_trainers() -> dict[str, type[Trainer]]:
     """Every trainer class of the installed TRL whose code, or that of a TRL class below it, generates."""
     found: dict[str, type[Trainer]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 
@@ -14,13 +15,6 @@ from recipes import CHATS, RECIPES, TEXTS, make_trainer, rollout_rows
 from atlas_rl import AtlasRolloutGenerator
 
 TAKE_NO_LOGPROBS = {"OnlineDPOTrainer", "GKDTrainer", "A2POTrainer"}
-
-
-@pytest.fixture
-def atlas():
-    generator = AtlasRolloutGenerator()
-    yield generator
-    generator.detach()
 
 
 def recorded_completions(trainer) -> list[list[list[int]]]:
@@ -114,6 +108,16 @@ def test_logprobs_survive_a_second_attach_and_go_with_a_plain_one(atlas, tiny_po
         assert trainer.use_vllm and trainer.vllm_generation is atlas.backend
     atlas.attach(trainer)
     assert attributes(trainer) == before and "generate" in vars(trainer.model)
+
+
+def test_another_generate_on_top_changes_nothing_for_the_trainer(atlas, tiny_policy, tmp_path):
+    """FSDP, for one, puts its own around ours between attaching and training."""
+    trainer = make_trainer("GRPOTrainer", tiny_policy, tmp_path)
+    atlas.attach(trainer, logprobs=True)
+    trainer.model.generate = partial(trainer.model.generate)
+    trainer.train()
+    assert trainer.vllm_generation is atlas.backend and atlas in trainer.callback_handler.callbacks
+    assert len(rollout_rows(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("name", sorted(TAKE_NO_LOGPROBS))

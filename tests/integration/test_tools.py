@@ -12,8 +12,6 @@ from helpers import tiny_qwen3
 from recipes import make_trainer, rollout_rows
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from atlas_rl import AtlasRolloutGenerator
-
 CHAT_TEMPLATE = (
     "{% for t in tools or [] %}{{ 'tool ' + t.function.name + '\n' }}{% endfor %}"
     "{% for m in messages %}{{ m.role + ': ' }}"
@@ -77,14 +75,6 @@ def tokenizer(tiny_policy) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
     tokenizer.chat_template, tokenizer.response_template = CHAT_TEMPLATE, RESPONSE_TEMPLATE
     return tokenizer
-
-
-@pytest.fixture
-def atlas():
-    calls.clear()
-    generator = AtlasRolloutGenerator()
-    yield generator
-    generator.detach()
 
 
 @pytest.fixture
@@ -152,6 +142,7 @@ def test_every_turn_goes_through_atlas(how: str, atlas, make_tool_trainer, tmp_p
     trainer = make_tool_trainer(**parts)
     if how == "logprobs":
         atlas.attach(trainer, logprobs=True)
+    calls.clear()
     outputs = recorded(trainer)
     prompt, completion, mask = script(trainer)
     trainer.train()

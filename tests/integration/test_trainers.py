@@ -22,13 +22,6 @@ from transformers import PreTrainedModel
 from atlas_rl import AtlasConfig, AtlasRolloutGenerator
 
 
-@pytest.fixture
-def atlas():
-    generator = AtlasRolloutGenerator()
-    yield generator
-    generator.detach()
-
-
 def marks(model: PreTrainedModel) -> dict:
     """What a generator could leave behind on a model, beside its weights."""
     return {
@@ -97,3 +90,18 @@ def test_the_value_stage_of_a2po_is_served_where_its_reference_model_is_attached
     assert len(rows) == 5, "eight training and two evaluation prompts, two at a time"
     assert all(row["num_prompts"] == 2 and row["num_completions"] == 4 for row in rows)
     assert not any("fallback" in row for row in rows)
+
+
+def test_an_interrupted_evaluation_before_the_first_step_leaves_checkpointing_on(atlas, tiny_policy, tmp_path):
+    trainer = make_trainer(
+        "GRPOTrainer", tiny_policy, tmp_path, [atlas], eval_on_start=True, gradient_checkpointing=True
+    )
+
+    def interrupted(*args):
+        assert not trainer.model.model.gradient_checkpointing, "TRL has it off around generate"
+        raise KeyboardInterrupt
+
+    atlas.attachment.generate = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.model.model.gradient_checkpointing
