@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,14 +29,14 @@ def run(tiny_policy, tmp_path_factory) -> tuple[Path, list[dict]]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     paths = [str(TESTS), *sys.path]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*launch, str(TESTS / "ddp_worker.py"), str(tiny_policy), str(output_dir)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    command = [*launch, str(TESTS / "ddp_worker.py"), str(tiny_policy), str(output_dir)]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        _, errors = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the workers too
+        raise
+    assert process.returncode == 0, errors[-3000:]
     return output_dir, [json.loads((output_dir / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 

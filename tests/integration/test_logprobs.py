@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("trl")
 
+import datasets
 from helpers import tiny_qwen3
-from recipes import CHATS, RECIPES, TEXTS, make_trainer, rollout_rows
+from recipes import CHATS, RECIPES, make_trainer, rollout_rows
 
 from atlas_rl import AtlasRolloutGenerator
 
@@ -48,8 +49,12 @@ def test_trainers_with_a_vllm_mode_train_on_atlas_logprobs(name: str, atlas, tin
     trainer = make_trainer(name, tiny_policy, tmp_path, [atlas])
     before = attributes(trainer)
     assert atlas.attach(trainer, logprobs=True) is atlas
+    served = []
+    complete = atlas.backend.complete
+    atlas.backend.complete = lambda prompts: served.append(prompts) or complete(prompts)
     trainer.train()
     rows = rollout_rows(tmp_path)
+    assert len(served) == len(rows), "none by the hook"
     assert {row["step"] for row in rows} == {0, 1} and not any("fallback" in row for row in rows)
     atlas.detach()
     assert attributes(trainer) == before
@@ -84,8 +89,6 @@ def test_importance_ratios_are_one_and_completions_those_of_the_hook(
 @pytest.mark.parametrize("rows", [None, [{"prompt": row["messages"][:1]} for row in CHATS]])
 def test_rollout_func_makes_the_completions_of_the_hook(is_callback: bool, rows, atlas, tiny_policy, tmp_path):
     """With texts and with messages, and also where the generator meets the trainer in it for the first time."""
-    import datasets
-
     data = {"train_dataset": datasets.Dataset.from_list(rows)} if rows else {}
     plain = AtlasRolloutGenerator()
     hooked = make_trainer("GRPOTrainer", tiny_policy, tmp_path / "hook", [plain], data)
@@ -138,9 +141,8 @@ def test_what_atlas_cannot_do_has_no_fallback_here(atlas, tiny_policy, tmp_path)
     atlas.attach(trainer, logprobs=True)
     with pytest.raises(ValueError, match=r"num_beams\. Attach without logprobs"):
         trainer.train()
-    prompts = [[{"role": "user", "content": [{"type": "image", "image": None}]}]]
     with pytest.raises(ValueError, match="text only"):
-        trainer.vllm_generation.generate(TEXTS, prompts, 1)
+        trainer.vllm_generation.generate([[5, 6]], images=[["a picture"]], num_generations=1)
 
 
 @pytest.mark.parametrize("option", ["use_vllm", "use_transformers_continuous_batching"])
