@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from atlas_rl.config import AtlasConfig
@@ -19,7 +20,7 @@ from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.engine.twin import UnsupportedModel
 from atlas_rl.integrations.hf_generate import Unsupported, plan_generation
-from atlas_rl.integrations.trl import CheckpointingFlags, GenerateHook, LogHook, autocast_dtype
+from atlas_rl.integrations.trl import CheckpointingFlags, GenerateHook, LogHook, autocast_dtype, bypass
 from atlas_rl.telemetry.log import RolloutLog, keep_earlier_log
 from atlas_rl.telemetry.stats import RolloutStats
 from atlas_rl.types import Rollout, RolloutRequest, SamplingParams
@@ -50,11 +51,14 @@ class Attachment:
         self.unlogged: dict[str, RolloutStats] = {}
         """By phase, the sums since `Trainer.log` last took them."""
         self.step_stats: RolloutStats | None = None
-        self.step_start = 0.0
+        self.step_start = time.perf_counter()
+        self.in_step = False
         self.checkpointing = CheckpointingFlags(model)
         self.told_reasons: set[str] = set()
         self.hook = GenerateHook(model, self.serve)
         LogHook.acquire()
+        if option := bypass(args):
+            logger.warning("Atlas is not in use: %s sends the rollouts past model.generate. Set it to False", option)
 
     def close(self) -> None:
         self.hook.restore()
@@ -76,6 +80,7 @@ class Attachment:
             return plan.to_output(self.generate(plan.prompts, plan.sampling, None, engine))
         except BaseException:
             self.checkpointing.restore()
+            self.in_step = False
             raise
 
     def generate(
@@ -129,7 +134,8 @@ class Attachment:
 
     def _next_call(self) -> dict[str, Any]:
         """Phase, step, call within the step, and rank of a generate call: its place in the log, and the words of its seed."""
-        phase = "train" if self.model.training else "eval"
+        # GKD generates before the training step switches its model to train mode
+        phase = "train" if self.model.training or self.in_step else "eval"
         step = 0 if self.state is None else self.state.global_step
         last_step, num_calls = self.calls.get(phase, (step, 0))
         call = num_calls if last_step == step else 0
@@ -142,6 +148,13 @@ class Attachment:
 
     # ---- figures ---------------------------------------------------------------------------------------------------------
 
+    def begin_run(self) -> None:
+        """Training begins; the trainer has switched the recomputation of activations on."""
+        self.checkpointing = CheckpointingFlags(self.model)
+        self.open_log()
+        # every rank passes here: none may write a row before rank 0 has put an earlier run's log aside
+        PartialState().wait_for_everyone()
+
     def open_log(self) -> None:
         """A run that starts at step 0 puts an earlier run's log aside; a resumed one goes on with its own."""
         path = self.config.log_path
@@ -153,8 +166,13 @@ class Attachment:
             keep_earlier_log(path)
         self.log = RolloutLog(path)
 
+    def begin_step(self) -> None:
+        self.checkpointing = CheckpointingFlags(self.model)
+        self.step_start, self.in_step = time.perf_counter(), True
+
     def end_step(self) -> None:
         """Write the row of an optimizer step."""
+        self.in_step = False
         row = {"kind": "step", "phase": "train", "step": self.state.global_step, "rank": rank()}
         row["step_seconds"] = round(time.perf_counter() - self.step_start, 6)
         # a step may train on an earlier step's rollouts, and have none of its own

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from atlas_rl.attachment import Attachment
 from atlas_rl.config import AtlasConfig
-from atlas_rl.integrations.hf_generate import token_ids
-from atlas_rl.integrations.trl import CheckpointingFlags, unwrap
+from atlas_rl.engine.twin import UnsupportedModel
+from atlas_rl.integrations.hf_generate import Unsupported, sampling_params, token_ids
+from atlas_rl.integrations.trl import bypass, unwrap
+from atlas_rl.integrations.trl_backend import LogprobBackend, takes_logprobs
 from atlas_rl.telemetry.stats import RolloutStats
 from atlas_rl.types import Rollout, SamplingParams
 
@@ -40,10 +42,24 @@ class AtlasRolloutGenerator(TrainerCallback):
         self.attachment: Attachment | None = None
         self.trainer: Trainer | None = None
         """The trainer whose callbacks `attach` joined; None for one that was given this callback."""
+        self.backend: LogprobBackend | None = None
+        """What hands log-probs to the trainer, if it was asked for."""
         self.last_stats = RolloutStats()
 
-    def attach(self, target: Trainer | PreTrainedModel | torch.nn.Module) -> AtlasRolloutGenerator:
-        """Serve `generate` of a model, or of a trainer's model; returns self. `detach` undoes it exactly."""
+    def attach(
+        self, target: Trainer | PreTrainedModel | torch.nn.Module, *, logprobs: bool = False
+    ) -> AtlasRolloutGenerator:
+        """Serve `generate` of a model, or of a trainer's model; returns self. `detach` undoes it exactly.
+
+        With `logprobs`, a TRL trainer gets the log-prob of every sampled token along with it, in the way it would get them from
+        vLLM: it then logs how far they are from its own, and weighs the loss by the ratio (which is 1, as Atlas samples from the
+        weights that are trained, and costs the trainer one more forward).
+
+        Raises:
+            ValueError: the target is neither a trainer nor a transformers model; `logprobs` for one that cannot take them.
+        """
+        if logprobs:
+            _check_logprobs(target)
         if not isinstance(target, Trainer):
             self._attach(target, None)
             return self
@@ -52,14 +68,15 @@ class AtlasRolloutGenerator(TrainerCallback):
         if not any(callback is self for callback in target.callback_handler.callbacks):
             target.add_callback(self)
             self.trainer = target
+        self._restore_backend()
+        if logprobs:
+            self.backend = LogprobBackend(target, partial(self._complete, target))
         return self
 
     def detach(self) -> None:
         """Give the model its own `generate` back, and `Trainer.log` its own body; forget what belongs to the model."""
-        if self.attachment is not None:
-            self.last_stats = self.attachment.stats
-            self.attachment.close()
-            self.attachment = None
+        self._restore_backend()
+        self._close_attachment()
         if self.trainer is not None:
             self.trainer.remove_callback(self)
             self.trainer = None
@@ -101,6 +118,29 @@ class AtlasRolloutGenerator(TrainerCallback):
         rows = [tuple(map(int, prompt)) for prompt in prompts for _ in range(num_samples)]
         return attachment.generate(rows, sampling, seed, attachment.ready_engine())
 
+    def rollout_func(self, prompts: list[Any], trainer: Trainer) -> dict[str, Any]:
+        """For `GRPOTrainer(..., rollout_func=atlas.rollout_func, callbacks=[atlas])`: the same completions as without it, and
+        their log-probs.
+
+        `prompts` are texts or lists of messages, one for each completion (TRL has repeated them), and become tokens as in TRL.
+
+        Raises:
+            ValueError: the prompts hold images, or Atlas cannot do exactly what the trainer's options ask for.
+        """
+        if self.attachment is None or self.attachment.model is not unwrap(trainer.model):
+            self.attach(trainer)
+        prompt_ids, images, _ = trainer._tokenize_prompts(prompts)
+        if images is not None:
+            raise ValueError("Atlas reads text only: without rollout_func, prompts with images go to transformers")
+        rollouts = self._complete(trainer, prompt_ids)
+        # later turns with tools are generated without it: unless they have log-probs too, TRL wants none at all
+        has_logprobs = trainer.use_vllm or not trainer.tools
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": [r.token_ids for r in rollouts],
+            "logprobs": [r.logprobs for r in rollouts] if has_logprobs else None,
+        }
+
     def pop_metrics(self, phase: str) -> dict[str, float]:
         """Figures of a phase (`train`, `eval`) since the last call; `Trainer.log` merges them into its own."""
         return self.attachment.pop_metrics(phase) if self.attachment else {}
@@ -112,11 +152,38 @@ class AtlasRolloutGenerator(TrainerCallback):
 
     def _attach(self, model: torch.nn.Module, args: Any | None) -> None:
         base = unwrap(model)
-        if self.attachment is not None and self.attachment.model is base and self.attachment.hook.is_installed:
-            self.attachment.args = args or self.attachment.args
-            return
-        self.detach()
+        if self.attachment is not None and self.attachment.model is base:
+            if self.attachment.hook.is_installed:
+                self.attachment.args = args or self.attachment.args
+                return
+            self._close_attachment()  # something has put its own `generate` on top: go on top of that
+        else:
+            self.detach()
         self.attachment = Attachment(base, args, self.config)
+
+    def _close_attachment(self) -> None:
+        if self.attachment is not None:
+            self.last_stats = self.attachment.stats
+            self.attachment.close()
+            self.attachment = None
+
+    def _restore_backend(self) -> None:
+        if self.backend is not None:
+            self.backend.restore()
+            self.backend = None
+
+    def _complete(self, trainer: Trainer, prompts: list[list[int]]) -> list[Rollout]:
+        """One completion for each prompt, sampled as the trainer would have `model.generate` sample it."""
+        attachment = self._attached()
+        try:
+            sampling = sampling_params(attachment.model, trainer.generation_config)
+            engine = attachment.ready_engine()
+        except (Unsupported, UnsupportedModel) as reason:
+            raise ValueError(
+                f"Atlas cannot make these rollouts exactly: {reason}. Attach without logprobs, and leave rollout_func out: "
+                "then they go to transformers"
+            ) from None
+        return attachment.generate([tuple(prompt) for prompt in prompts], sampling, None, engine)
 
     # ---- trainer events --------------------------------------------------------------------------------------------------
 
@@ -127,14 +194,23 @@ class AtlasRolloutGenerator(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         self._attach(model, args)
         self.attachment.state = state
-        self.attachment.open_log()
+        self.attachment.begin_run()
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
-        self.attachment.checkpointing = CheckpointingFlags(self.attachment.model)
-        self.attachment.step_start = time.perf_counter()
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.attachment.begin_step()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.attachment.end_step()
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self.attachment.free()
+
+
+def _check_logprobs(target: Any) -> None:
+    if not isinstance(target, Trainer):
+        raise ValueError("logprobs=True is for trainers: attach(trainer, logprobs=True)")
+    if not takes_logprobs(target):
+        name = type(target).__name__
+        raise ValueError(f"{name} has no use for the log-probs of its rollouts: attach(trainer) without logprobs")
+    if option := bypass(target.args):
+        raise ValueError(f"{option} sends the rollouts past Atlas: set it to False")

@@ -99,6 +99,17 @@ def plan_generation(
     )
 
 
+def sampling_params(model: PreTrainedModel, generation_config: GenerationConfig) -> SamplingParams:
+    """How `model.generate` would sample under a config that says how many new tokens there may be.
+
+    Raises:
+        Unsupported: as `plan_generation`.
+    """
+    config, _ = model._prepare_generation_config(generation_config)
+    _check_options(config)
+    return _sampling_params(config, 0, token_ids(config.eos_token_id), explicit_length=True)
+
+
 def _check_options(config: GenerationConfig) -> None:
     """Anything set that the engine neither honours nor may ignore is a reason to step aside; that covers options to come."""
     defaults = GenerationConfig._get_default_generation_params()

@@ -74,6 +74,12 @@ def _class_generate(model: PreTrainedModel) -> GenerateFn:
     return types.MethodType(type(model).generate, model)
 
 
+def bypass(args: Any | None) -> str | None:
+    """The option by which a trainer's rollouts go past `model.generate`, if it is on."""
+    names = ("use_vllm", "use_transformers_continuous_batching")
+    return next((name for name in names if getattr(args, name, False)), None)
+
+
 class CheckpointingFlags:
     """Which modules recompute their activations, and how.
 
