@@ -1,0 +1,187 @@
+"""Every causal language model of the installed transformers, tiny and random: does Atlas serve it, and as `generate` would?
+
+    python -m atlas_rl.bench.decoders                  # all of them, some minutes
+    python -m atlas_rl.bench.decoders gemma2 phi3      # these model types
+
+Served means, in float64: greedy completions of ragged prompts longer than the sliding window equal those of transformers'
+`generate` token for token, and log-probs of samples those of the model's own forward. What goes to `generate` is listed with the
+reason. A model that Atlas accepts and computes otherwise is WRONG, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from collections import Counter, defaultdict
+from itertools import cycle, islice
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from atlas_rl import AtlasConfig, AtlasRolloutGenerator, SamplingParams
+from atlas_rl.engine.twin import unsupported_reason
+
+VOCAB_SIZE = 64
+MAX_PARAMETERS = 20_000_000
+LOGPROB_TOLERANCE = 1e-4
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18], [20, 21, 22], [30, 31, 32, 33, 34, 35, 36]]
+NEW_TOKENS = 24
+NUM_LAYERS = 4
+SMALL = dict.fromkeys("hidden_size d_model n_embd dim emb_dim embedding_size".split(), 32)
+SMALL |= dict.fromkeys(
+    "intermediate_size d_ff n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size".split(), 32
+)
+SMALL |= dict.fromkeys("num_hidden_layers n_layer n_layers decoder_layers encoder_layers".split(), NUM_LAYERS)
+SMALL |= dict.fromkeys("num_attention_heads n_head n_heads decoder_attention_heads encoder_attention_heads".split(), 4)
+SMALL |= dict.fromkeys("max_position_embeddings n_positions max_target_positions max_source_positions".split(), 128)
+SMALL |= dict.fromkeys("moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size".split(), 16)
+SMALL |= dict.fromkeys("num_experts num_local_experts n_routed_experts moe_num_experts".split(), 4)
+SMALL |= dict.fromkeys("num_experts_per_tok num_experts_per_token moe_k moe_topk top_k_experts".split(), 2)
+SMALL |= dict.fromkeys("n_group topk_group first_k_dense_replace n_shared_experts num_shared_experts".split(), 1)
+SMALL |= {
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 8,
+    "initializer_range": 0.2,
+}
+SMALL |= {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+SMALL |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE, "n_ctx": 128, "rotary_dim": 4}
+SMALL |= {
+    "attn_logit_softcapping": 1.0,
+    "final_logit_softcapping": 2.0,
+    "index_topk": 4,
+    "index_n_heads": 2,
+    "index_head_dim": 8,
+}
+OVERRIDES = {
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+}
+"""Fields of one meaning have many names; a config takes those that it knows."""
+
+
+def tiny_config(config_class: type[PreTrainedConfig], **overrides) -> PreTrainedConfig:
+    """The class's defaults, shrunk; the first layers have all kinds of layers that the default has."""
+    default = config_class()
+    values = {name: value for name, value in SMALL.items() if name in default.to_dict()}
+    for name in ("layer_types", "mlp_layer_types"):
+        kinds = list(dict.fromkeys(default.to_dict().get(name) or ()))
+        if kinds:
+            values[name] = list(islice(cycle(kinds), NUM_LAYERS))
+    for name in config_class.sub_configs:
+        if isinstance(getattr(default, name, None), PreTrainedConfig):
+            values[name] = tiny_config(type(getattr(default, name))).to_dict()
+    values |= {"vocab_size": VOCAB_SIZE, "bos_token_id": 2, "eos_token_id": None, "pad_token_id": 0, "is_decoder": True}
+    values |= OVERRIDES.get(config_class.model_type, {}) | overrides
+    return config_class(**values, experts_implementation="eager")
+
+
+def unsettle(model: PreTrainedModel) -> PreTrainedModel:
+    """Move every parameter away from its initial value, lest biases at 0 and norms at 1 hide what ignores them.
+
+    Embeddings get small: a head that is tied to large ones says the last token again, whatever attention does.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        model.get_input_embeddings().weight.mul_(0.1)
+    return model
+
+
+def tiny_model(model_type: str) -> PreTrainedModel:
+    """In float64."""
+
+    def config() -> PreTrainedConfig:
+        config = tiny_config(CONFIG_MAPPING[model_type])
+        wants_text = model_class.config_class is config.sub_configs.get("text_config")
+        return config.get_text_config() if wants_text else config
+
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+    with torch.device("meta"):
+        num_parameters = sum(p.numel() for p in model_class(config()).parameters())
+    if num_parameters > MAX_PARAMETERS:
+        raise ValueError(f"it still has {num_parameters / 1e6:.0f} M parameters")
+    torch.manual_seed(0)
+    model = model_class(config()).double().eval()
+    model.generation_config = GenerationConfig()
+    return unsettle(model)
+
+
+def check(model_type: str) -> tuple[str, str]:
+    """(served, fallback, unbuilt or WRONG; how it is)."""
+    width = max(map(len, PROMPTS))
+    call = {
+        "input_ids": torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS]),
+        "attention_mask": torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in PROMPTS]),
+        "do_sample": False,
+        "max_new_tokens": NEW_TOKENS,
+        "pad_token_id": 0,
+    }
+    try:
+        model = tiny_model(model_type)
+        if reason := unsupported_reason(model):
+            return "fallback", reason
+        expected = model.generate(**call)
+    except (
+        Exception
+    ) as error:  # a config that needs more than small numbers, a missing package: nothing to compare with
+        return "unbuilt", f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:110]
+    with AtlasRolloutGenerator(AtlasConfig(lookahead=2)).attach(model) as atlas:
+        output = model.generate(**call)
+        if atlas.attachment.told_reasons:
+            return "fallback", "; ".join(atlas.attachment.told_reasons)
+        note = ""
+        if not torch.equal(output, expected):
+            alone = [
+                model.generate(torch.tensor([p]), **call | {"input_ids": None, "attention_mask": None}) for p in PROMPTS
+            ]
+            if any(a[0, len(p) :].tolist() != row for a, p, row in zip(alone, PROMPTS, output[:, width:].tolist())):
+                return "WRONG", f"rows {(output != expected).any(1).nonzero()[:, 0].tolist()} differ from generate's"
+            note = ", equal to generate without padding only"
+        rollouts = atlas.generate(PROMPTS, SamplingParams(max_new_tokens=NEW_TOKENS), num_samples=2)
+    error = 0.0
+    for rollout in rollouts:
+        ids = torch.tensor([rollout.prompt_ids + rollout.token_ids])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(rollout.prompt_ids) - 1 : -1]
+        logprobs = logits.log_softmax(-1).gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
+        error = max(error, (torch.tensor(rollout.logprobs) - logprobs).abs().max().item())
+    distinct = len(set(expected[:, width:].flatten().tolist()))
+    kind = "served" if error <= LOGPROB_TOLERANCE else "WRONG"
+    return kind, f"{type(model).__name__}, log-probs within {error:.0e}, {distinct} distinct greedy tokens{note}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "model_types", nargs="*", help="transformers' names of architectures (default: all causal ones)"
+    )
+    model_types = parser.parse_args().model_types or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    for name in ("transformers", "atlas_rl"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    console = Console(width=160)
+    for model_type in track(model_types, "decoders", console=console):
+        kind, how = check(model_type)
+        found[kind].append((model_type, how))
+        console.print(f"{kind:9s}{model_type:28s}{how}", highlight=False, markup=False)
+    counts = Counter({kind: len(rows) for kind, rows in found.items()})
+    console.print(f"{len(model_types)} model types: " + ", ".join(f"{n} {kind}" for kind, n in counts.most_common()))
+    return 1 if found["WRONG"] else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
