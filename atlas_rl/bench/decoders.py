@@ -33,57 +33,72 @@ from atlas_rl import AtlasConfig, AtlasRolloutGenerator, SamplingParams
 from atlas_rl.engine.twin import unsupported_reason
 
 VOCAB_SIZE = 64
-MAX_PARAMETERS = 20_000_000
+MAX_PARAMETERS = 100_000_000
 LOGPROB_TOLERANCE = 1e-4
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18], [20, 21, 22], [30, 31, 32, 33, 34, 35, 36]]
 NEW_TOKENS = 24
 NUM_LAYERS = 4
-SMALL = dict.fromkeys("hidden_size d_model n_embd dim emb_dim embedding_size".split(), 32)
-SMALL |= dict.fromkeys(
-    "intermediate_size d_ff n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size".split(), 32
-)
-SMALL |= dict.fromkeys("num_hidden_layers n_layer n_layers decoder_layers encoder_layers".split(), NUM_LAYERS)
-SMALL |= dict.fromkeys("num_attention_heads n_head n_heads decoder_attention_heads encoder_attention_heads".split(), 4)
-SMALL |= dict.fromkeys("max_position_embeddings n_positions max_target_positions max_source_positions".split(), 128)
-SMALL |= dict.fromkeys("moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size".split(), 16)
-SMALL |= dict.fromkeys("num_experts num_local_experts n_routed_experts moe_num_experts".split(), 4)
-SMALL |= dict.fromkeys("num_experts_per_tok num_experts_per_token moe_k moe_topk top_k_experts".split(), 2)
-SMALL |= dict.fromkeys("n_group topk_group first_k_dense_replace n_shared_experts num_shared_experts".split(), 1)
-SMALL |= {
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "query_pre_attn_scalar": 8,
-    "sliding_window": 8,
-    "initializer_range": 0.2,
-}
-SMALL |= {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
-SMALL |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE, "n_ctx": 128, "rotary_dim": 4}
-SMALL |= {
-    "attn_logit_softcapping": 1.0,
-    "final_logit_softcapping": 2.0,
-    "index_topk": 4,
-    "index_n_heads": 2,
-    "index_head_dim": 8,
-}
-OVERRIDES = {
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+SMALL = {
+    name: value
+    for names, value in {
+        "hidden_size d_model n_embd dim emb_dim embedding_size": 32,
+        "intermediate_size d_ff n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size": 32,
+        "num_hidden_layers n_layer n_layers decoder_layers encoder_layers": NUM_LAYERS,
+        "num_attention_heads n_head n_heads decoder_attention_heads encoder_attention_heads": 4,
+        "num_key_value_heads num_kv_shared_layers max_window_layers": 2,
+        "head_dim qk_nope_head_dim v_head_dim query_pre_attn_scalar": 8,
+        "max_position_embeddings n_positions n_ctx max_target_positions max_source_positions": 128,
+        "sliding_window": 8,
+        "use_sliding_window": True,
+        "initializer_range": 0.2,
+        "moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size": 16,
+        "num_experts num_local_experts n_routed_experts moe_num_experts": 4,
+        "num_experts_per_tok num_experts_per_token moe_k moe_topk top_k_experts": 2,
+        "n_group topk_group first_k_dense_replace n_shared_experts num_shared_experts": 1,
+        "q_lora_rank kv_lora_rank mamba_d_state index_head_dim hidden_size_per_layer_input": 8,
+        "qk_rope_head_dim rotary_dim mamba_n_heads index_topk": 4,
+        "mamba_d_ssm": 64,
+        "mamba_d_head": 16,
+        "index_n_heads": 2,
+        "vocab_size_per_layer_input": VOCAB_SIZE,
+    }.items()
+    for name in names.split()
 }
 """Fields of one meaning have many names; a config takes those that it knows."""
+SOFTCAPS = {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 0.5}
+"""Only for configs that have one by default: others know the field and ignore it."""
+OVERRIDES = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
+    "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 16)},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zaya": {"num_experts_per_tok": 1},
+}
+"""By model type: what its config wants beyond that, or layers that only its checkpoints have."""
 
 
-def tiny_config(config_class: type[PreTrainedConfig], **overrides) -> PreTrainedConfig:
+def tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     """The class's defaults, shrunk; the first layers have all kinds of layers that the default has."""
     default = config_class()
-    values = {name: value for name, value in SMALL.items() if name in default.to_dict()}
+    fields = default.to_dict()
+    values = {name: value for name, value in SMALL.items() if name in fields}
+    values |= {name: value for name, value in SOFTCAPS.items() if fields.get(name)}
     for name in ("layer_types", "mlp_layer_types"):
-        kinds = list(dict.fromkeys(default.to_dict().get(name) or ()))
+        kinds = list(dict.fromkeys(fields.get(name) or ()))
         if kinds:
             values[name] = list(islice(cycle(kinds), NUM_LAYERS))
     for name in config_class.sub_configs:
         if isinstance(getattr(default, name, None), PreTrainedConfig):
             values[name] = tiny_config(type(getattr(default, name))).to_dict()
     values |= {"vocab_size": VOCAB_SIZE, "bos_token_id": 2, "eos_token_id": None, "pad_token_id": 0, "is_decoder": True}
-    values |= OVERRIDES.get(config_class.model_type, {}) | overrides
+    values |= OVERRIDES.get(config_class.model_type, {})
     return config_class(**values, experts_implementation="eager")
 
 
@@ -141,15 +156,16 @@ def check(model_type: str) -> tuple[str, str]:
         output = model.generate(**call)
         if atlas.attachment.told_reasons:
             return "fallback", "; ".join(atlas.attachment.told_reasons)
-        note = ""
-        if not torch.equal(output, expected):
-            alone = [
-                model.generate(torch.tensor([p]), **call | {"input_ids": None, "attention_mask": None}) for p in PROMPTS
-            ]
-            if any(a[0, len(p) :].tolist() != row for a, p, row in zip(alone, PROMPTS, output[:, width:].tolist())):
-                return "WRONG", f"rows {(output != expected).any(1).nonzero()[:, 0].tolist()} differ from generate's"
-            note = ", equal to generate without padding only"
         rollouts = atlas.generate(PROMPTS, SamplingParams(max_new_tokens=NEW_TOKENS), num_samples=2)
+    note = ""
+    if not torch.equal(
+        output, expected
+    ):  # eager attention turns the padding of a float64 row into NaN: without padding, then
+        note = ", padded rows apart"
+        for prompt, row in zip(PROMPTS, output[:, width:].tolist()):
+            alone = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
+            if alone[0, len(prompt) :].tolist() != row:
+                return "WRONG", f"the completion of {prompt} is not generate's"
     error = 0.0
     for rollout in rollouts:
         ids = torch.tensor([rollout.prompt_ids + rollout.token_ids])

@@ -53,7 +53,7 @@ def atlas_attention(
     mask = atlas.mask(sliding_window, keys_RHSD.dtype, query_RQHD.shape[2] // keys_RHSD.shape[1])
     scaling = scaling if scaling is not None else query_RQHD.shape[-1] ** -0.5
     output_RQHD = _attend(query_RQHD, keys_RHSD, values_RHSD, mask, scaling, softcap)
-    return atlas.unpad(output_RQHD).unsqueeze(0), None
+    return atlas.unpad(output_RQHD).unsqueeze(0).contiguous(), None  # some modules call `view` on it
 
 
 def _attend(

@@ -6,20 +6,16 @@ ignores one of them makes other tokens.
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from helpers import SHAPE, left_padded, logprobs_of
 from transformers import (
     AutoModelForCausalLM,
-    BambaConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
-    Mamba2Config,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -30,7 +26,6 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
-    Qwen3NextConfig,
 )
 
 from atlas_rl import AtlasConfig, AtlasRolloutGenerator, SamplingParams
