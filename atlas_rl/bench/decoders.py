@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 from atlas_rl import AtlasConfig, AtlasRolloutGenerator, SamplingParams
 from atlas_rl.engine.twin import unsupported_reason
 
-VOCAB_SIZE = 64
+VOCAB_SIZE = 97
 MAX_PARAMETERS = 100_000_000
 LOGPROB_TOLERANCE = 1e-4
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18], [20, 21, 22], [30, 31, 32, 33, 34, 35, 36]]
@@ -68,6 +68,7 @@ SMALL = {
 SOFTCAPS = {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 0.5}
 """Only for configs that have one by default: others know the field and ignore it."""
 OVERRIDES = {
+    "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "dots3_note_text": {"num_key_value_heads": 4},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},

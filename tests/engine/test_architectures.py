@@ -6,15 +6,19 @@ ignores one of them makes other tokens.
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from helpers import SHAPE, left_padded, logprobs_of
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -29,7 +33,8 @@ from transformers import (
 )
 
 from atlas_rl import AtlasConfig, AtlasRolloutGenerator, SamplingParams
-from atlas_rl.bench.decoders import unsettle
+from atlas_rl.bench.decoders import check, tiny_model, unsettle
+from atlas_rl.engine import policy_view
 
 WINDOW = 8
 PROMPTS = [list(range(5, 35)), [40, 41, 42], list(range(50, 67))]
@@ -67,10 +72,14 @@ ARCHITECTURES: dict[str, tuple[type[PreTrainedConfig], dict]] = {
         MULTI_HEAD | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
     ),
     "gpt_neox, serial": (GPTNeoXConfig, MULTI_HEAD | {"use_parallel_residual": False}),
+    "granite": (
+        GraniteConfig,
+        SHAPE | {"attention_multiplier": 0.5, "logits_scaling": 2.0, "residual_multiplier": 0.5},
+    ),
+    "cohere": (CohereConfig, SHAPE | {"pad_token_id": 0, "logit_scale": 0.5, "use_qk_norm": True}),
     "olmoe": (OlmoeConfig, EXPERTS | {"num_experts": 4}),
     "mixtral": (MixtralConfig, EXPERTS | {"num_local_experts": 4, "sliding_window": WINDOW}),
 }
-HYBRIDS: dict[str, tuple[type[PreTrainedConfig], dict]] = {}
 
 
 def build(config_class: type[PreTrainedConfig], fields: dict) -> PreTrainedModel:
@@ -109,3 +118,39 @@ def test_logprobs_equal_the_models_own(name: str):
         rollouts = atlas.generate(PROMPTS, SAMPLING, num_samples=2, seed=5)
     for rollout in rollouts:
         torch.testing.assert_close(torch.tensor(rollout.logprobs), logprobs_of(model, rollout), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm", "eager"])
+def test_the_twin_uses_the_models_experts_implementation(experts: str):
+    model = build(*ARCHITECTURES["qwen3_moe"])
+    model.set_experts_implementation(experts)
+    assert policy_view.PolicyView(model).twin.config._experts_implementation == experts
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kinds"),
+    [
+        ("qwen3_next", "linear_attention"),
+        ("mamba2", "linear_attention"),
+        ("bamba", "linear_attention"),
+        ("falcon_h1", "hybrid"),
+        ("lfm2", "conv"),
+    ],
+)
+def test_models_with_other_layers_fall_back_with_one_line(model_type: str, kinds: str, caplog):
+    model = tiny_model(model_type)
+    call = CALL | {"max_new_tokens": 4}
+    expected = model.generate(**call)
+    with AtlasRolloutGenerator().attach(model) as atlas, caplog.at_level(logging.WARNING, "atlas_rl"):
+        for _ in range(2):
+            assert torch.equal(model.generate(**call), expected)
+            assert atlas.stats.num_completions == 0
+    (line,) = [record.message for record in caplog.records if record.name.startswith("atlas_rl")]
+    assert line == f"generate() goes to transformers, not through Atlas: it has layers of type {kinds}"
+
+
+def test_the_sweep_tells_wrong_from_right(monkeypatch):
+    assert check("gemma2")[0] == "served"
+    assert check("mamba") == ("fallback", "it has layers of type linear_attention")
+    monkeypatch.setattr(policy_view, "scale_logits", lambda logits, config: logits)
+    assert check("gemma2")[0] == "WRONG", "without its final soft-cap"
