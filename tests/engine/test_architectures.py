@@ -154,3 +154,9 @@ def test_the_sweep_tells_wrong_from_right(monkeypatch):
     assert check("mamba") == ("fallback", "it has layers of type linear_attention")
     monkeypatch.setattr(policy_view, "scale_logits", lambda logits, config: logits)
     assert check("gemma2")[0] == "WRONG", "without its final soft-cap"
+
+
+def test_a_window_that_only_the_cache_knows_is_found_by_the_probe():
+    """Moshi's attention sees everything, but the cache that its `generate` makes forgets what is outside the window."""
+    kind, why = check("moshi")
+    assert kind == "fallback" and "its forward over a cache" in why
