@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 
 from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.policy_view import PolicyView
-from atlas_rl.types import RolloutRequest
+from atlas_rl.types import Rollout, RolloutRequest
 
 VOCAB_SIZE = 97
 SHAPE = {
@@ -54,3 +54,18 @@ def make_requests(
         for i, prompt in enumerate(prompts)
         for j in range(num_samples)
     ]
+
+
+def left_padded(rows: list[list[int]], pad: int = 0) -> dict[str, torch.Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def logprobs_of(model: PreTrainedModel, rollout: Rollout, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Of the rollout's tokens, by a teacher-forced forward (under autocast to `dtype`)."""
+    ids = torch.tensor([rollout.prompt_ids + rollout.token_ids])
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        logits = model(ids).logits[0, len(rollout.prompt_ids) - 1 : -1].float()
+    return logits.log_softmax(-1).gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]

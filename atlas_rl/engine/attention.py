@@ -82,7 +82,8 @@ def attend(
     keys_RHSD, values_RHSD = kv_cache.gather(layer, batch.piece_places, batch.num_rows)
     query_RQHD = batch.pad_queries(query_NHD).to(keys_RHSD.dtype)
     mask = batch.mask(sliding_window, keys_RHSD.dtype, query_RQHD.shape[2] // keys_RHSD.shape[1])
-    return batch.unpad(_attend(query_RQHD, keys_RHSD, values_RHSD, mask, scaling, softcap))
+    output_NHD = batch.unpad(_attend(query_RQHD, keys_RHSD, values_RHSD, mask, scaling, softcap))
+    return output_NHD.contiguous()  # some modules call `view` on it
 
 
 def _attend(

@@ -35,16 +35,18 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         return "it is an encoder-decoder"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"it has layers of type {', '.join(sorted(kinds))}"
     if not getattr(model, "_supports_attention_backend", False):
         return f"{type(model).__name__} does not use transformers' attention interface"
     if model.get_output_embeddings() is None:
         return f"{type(model).__name__} has no language-model head"
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds:
-        return f"it has layers of type {', '.join(sorted(kinds))}"
-    if not _rope_types(config) <= {"default", "linear", "llama3", "yarn"}:
-        # their frequencies follow the longest position of a call, and a call of ours holds rows of all lengths
-        return f"its rotary embedding is of type {', '.join(sorted(_rope_types(config)))}"
+    if getattr(config, "kv_lora_rank", None):
+        return "it has multi-head latent attention"
+    # of other types, the frequencies may follow the longest position of a call, and a call of ours holds rows of all lengths
+    if ropes := _rope_types(config) - {"default", "linear", "llama3", "yarn"}:
+        return f"its rotary embedding is of type {', '.join(sorted(ropes))}"
     if len({p.device for p in model.parameters()}) > 1:
         return "its parameters lie on several devices"
     return None
@@ -88,25 +90,33 @@ def build_twin(model: PreTrainedModel, attn_implementation: str, sliding_window:
 
 @torch.inference_mode()
 def probe_mismatch(model: PreTrainedModel, autocast: Callable[[], contextlib.AbstractContextManager]) -> str | None:
-    """Compare the twin with one that runs transformers' own attention, over a few tokens in two chunks; None if they agree."""
+    """Compare the twin with one that runs transformers' own attention, over a few tokens in two chunks; None if they agree.
+
+    With that one's forward over all tokens, as a trainer calls it, and over two chunks with a cache, as `generate` does: a few
+    models see a sliding window only in the cache.
+    """
     weight = model.get_input_embeddings().weight
     ids_N = torch.tensor(probe_ids(weight.shape[0]), device=weight.device)
     try:
         twin = build_twin(model, attention.NAME, PROBE_WINDOW)
         reference = build_twin(model, "eager", PROBE_WINDOW)
         with autocast():
-            expected_NV = reference(ids_N[None], use_cache=False).logits[0]
-            hidden = torch.cat([run_twin(twin, batch) for batch in probe_batches(model, expected_NV.dtype)])
+            forward_NV = reference(ids_N[None], use_cache=False).logits[0]
+            first = reference(ids_N[None, : PROBE_LEN // 2], use_cache=True)
+            second = reference(ids_N[None, PROBE_LEN // 2 :], past_key_values=first.past_key_values)
+            generate_NV = torch.cat([first.logits, second.logits], dim=1)[0]
+            hidden = torch.cat([run_twin(twin, batch) for batch in probe_batches(model, forward_NV.dtype)])
             logits_NV = scale_logits(twin.get_output_embeddings()(hidden), model.config)
     except UnsupportedModel:
         raise
     except Exception as error:  # whatever an architecture does that ours cannot: the original `generate` serves it
-        return f"{type(model).__name__} does not run on Atlas' attention ({type(error).__name__}: {error})"
-    error = (logits_NV - expected_NV).abs().max() / expected_NV.abs().max()
-    if not error <= PROBE_TOLERANCE[expected_NV.dtype] and expected_NV.isfinite().all():
-        return (
-            f"{type(model).__name__} computes other logits on Atlas' attention (relative difference {float(error):.1e})"
-        )
+        (what,) = f"{type(error).__name__}: {error}".splitlines()[:1]
+        return f"{type(model).__name__} does not run on Atlas' attention ({what})"
+    for expected_NV, whose in ((forward_NV, "its forward"), (generate_NV, "its forward over a cache")):
+        error = (logits_NV - expected_NV).abs().max() / expected_NV.abs().max()
+        if not error <= PROBE_TOLERANCE[expected_NV.dtype] and expected_NV.isfinite().all():
+            difference = f"a relative difference of {float(error):.1e} to {whose}"
+            return f"{type(model).__name__} computes other logits on Atlas' attention ({difference})"
     return None
 
 
@@ -133,9 +143,10 @@ def run_twin(twin: PreTrainedModel, batch: ForwardBatch) -> torch.Tensor:
 def kv_shape(model: PreTrainedModel, dtype: torch.dtype, block_size: int) -> KVShape:
     config = model.config.get_text_config(decoder=True)
     num_heads = config.num_attention_heads
+    one_for_all = getattr(config, "multi_query", False)  # GPT-BigCode's name for a single KV head
     return KVShape(
         num_layers=config.num_hidden_layers,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+        num_kv_heads=1 if one_for_all else getattr(config, "num_key_value_heads", None) or num_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
         dtype=dtype,
         block_size=block_size,

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import MODELS, SHAPE, make_engine, make_requests, tiny_llama, tiny_qwen3
+from helpers import MODELS, SHAPE, logprobs_of, make_engine, make_requests, tiny_llama, tiny_qwen3
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -30,13 +30,6 @@ from atlas_rl.engine.twin import UnsupportedModel, build_twin
 from atlas_rl.types import SamplingParams
 
 PLAIN = AtlasConfig(speculate=False)
-
-
-def logprobs_of(model, rollout, dtype=None) -> torch.Tensor:
-    ids = torch.tensor([rollout.prompt_ids + rollout.token_ids])
-    with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-        logits = model(ids).logits[0, len(rollout.prompt_ids) - 1 : -1].float()
-    return logits.log_softmax(-1).gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
 
 
 def fingerprint(model) -> tuple:

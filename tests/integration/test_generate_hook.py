@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import MODELS, tiny_llama
+from helpers import MODELS, left_padded, tiny_llama
 from transformers import GenerationConfig, LogitsProcessorList, MinLengthLogitsProcessor, Trainer
 from transformers.generation import GenerateDecoderOnlyOutput
 
@@ -21,13 +21,6 @@ PAD, EOS = 0, 1
 @pytest.fixture
 def model():
     return tiny_llama(torch.float64)
-
-
-def left_padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
-    width = max(map(len, rows))
-    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 BATCH = left_padded([[5, 6, 7, 8, 9], [11, 12], [13]])
