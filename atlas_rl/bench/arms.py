@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
@@ -23,6 +25,8 @@ class Arm:
 
     skipped: str | None = None
     """Why it cannot run here."""
+    versions: Mapping[str, str] = MappingProxyType({})
+    """Of packages that are not ours."""
 
     def __init__(self, policy: PreTrainedModel) -> None:
         self.policy = policy

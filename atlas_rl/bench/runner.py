@@ -37,15 +37,16 @@ def run_bench(config: BenchConfig, arm_names: list[str], report: Callable[[str],
         torch.set_num_threads(config.threads)
     report("loading the policy")
     policy = load_policy(config.model)
-    arms: dict[str, Arm] = {}
+    workloads = [build_workload(workload_config, config, policy) for workload_config in config.workloads]
     header = {"machine": machine(), "versions": versions(), "policy": policy_fields(policy)}
+    arms: dict[str, Arm] = {}
     results = []
     try:
         for name in arm_names:
             report(f"starting {name}")
             arms[name] = ARMS[name](policy)
+            header["versions"] |= arms[name].versions
         end = time.perf_counter() + config.max_seconds
-        workloads = [build_workload(workload_config, config, policy) for workload_config in config.workloads]
         for index, workload in enumerate(workloads):
             now = time.perf_counter()
             # what a workload leaves of its share is the later ones'

@@ -20,7 +20,7 @@ from atlas_rl.bench.workload import Batch
 WORKER = Path(__file__).parent / "vllm_worker.py"
 MAX_NUM_SEQS = 256
 """vLLM's own default, and the engine's."""
-MAX_MODEL_LEN = 1024
+MAX_MODEL_LEN = 4096
 KV_GIB = 2
 """Enough for every workload here; vLLM's own choice is half of the machine's memory."""
 
@@ -69,7 +69,8 @@ class VLLM(Arm):
             start_new_session=True,  # a process group to stop and to end as one
         )
         max_len = min(MAX_MODEL_LEN, self.policy.config.max_position_embeddings)
-        self._ask({"load": str(folder / "policy"), "max_num_seqs": MAX_NUM_SEQS, "max_model_len": max_len})
+        task = {"load": str(folder / "policy"), "max_num_seqs": MAX_NUM_SEQS, "max_model_len": max_len}
+        self.versions = self._ask(task)["versions"]
 
     def _ask(self, task: dict[str, Any]) -> dict[str, Any]:
         os.killpg(self.process.pid, signal.SIGCONT)
@@ -79,6 +80,7 @@ class VLLM(Arm):
         if not answer:
             raise EOFError(f"its process has ended, and these were its last words: {self.log.read_text()[-2000:]}")
         os.killpg(self.process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED)
         return json.loads(answer)
 
 
