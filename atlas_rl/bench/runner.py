@@ -124,10 +124,9 @@ class Measurement:
     def _to_dict(self) -> dict[str, Any]:
         ratios = {f"{a}/{b}": self._ratio(a, b) for a in self.running for b in self.running if a != b}
         limits = None if self.limits is None else self.limits.to_dict()
+        judged = ratios | ({STEP: limits[STEP]} if limits else {})
         expectations = {
-            key: judge(limits and limits[STEP], target, at_least=False)
-            if key == STEP
-            else judge(ratios.get(key), target)
+            key: judge(judged.get(key), target, at_least=key != STEP)
             for key, target in self.workload.config.expect.items()
         }
         arms = {name: self._arm_fields(name) for name in self.arms}
