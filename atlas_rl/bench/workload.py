@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +72,13 @@ class BenchConfig:
                 f"bench config: 1 <= min_repeats <= max_repeats must hold, got {config.min_repeats} and {config.max_repeats}"
             )
         for workload in config.workloads:
-            for name in ("num_prompts", "num_samples", "prompt_tokens", "new_tokens"):
+            least = {"num_prompts": 1, "num_samples": 1, "prompt_tokens": 1, "new_tokens": 1, "warm": 0}
+            for name, bound in least.items():
                 value = getattr(workload, name)
-                if value is not None and value < 1:
-                    raise ValueError(f"bench config: workload {workload.name}: {name} must be at least 1, got {value}")
+                if value is not None and value < bound:
+                    raise ValueError(
+                        f"bench config: workload {workload.name}: {name} must be at least {bound}, got {value}"
+                    )
             for key in workload.expect:
                 if key != STEP and not (key.count("/") == 1 and set(key.split("/")) <= set(ARM_NAMES)):
                     raise ValueError(
@@ -86,7 +88,7 @@ class BenchConfig:
         return config
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """The completions of one repeat, prompt-major."""
 
@@ -94,7 +96,7 @@ class Batch:
     seeds: list[int]
     lens: list[int]
 
-    @cached_property
+    @property
     def num_tokens(self) -> int:
         return sum(self.lens)
 

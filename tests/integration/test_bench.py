@@ -235,6 +235,7 @@ def test_the_configs_are_valid(name):
         ({}, [], ["workloads is empty"]),
         (CONFIG | {"min_repeats": 3}, [], ["min_repeats", "3 and 2"]),
         ({"workloads": [{"name": "x", "num_prompts": 0}]}, [], ["num_prompts"]),
+        ({"workloads": [{"name": "x", "num_prompts": 1, "warm": -1}]}, [], ["warm", "0"]),
         ({"workloads": [EQUAL | {"expect": {"atlas/vlm": 1.0}}]}, [], ["atlas/vlm", "step_over_linears"]),
         (CONFIG | {"workloads": [DRAINING | {"num_prompts": 9}]}, [], ["draining", "8 prompts"]),
         (CONFIG | {"workloads": [DRAINING | {"warm": 12}]}, [], ["warm", "12"]),
