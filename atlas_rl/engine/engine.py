@@ -193,10 +193,11 @@ class RolloutEngine:
         stopping_ids = sampling.stopping_ids
         token_list, logprob_list = tokens.tolist(), logprobs.tolist()
         finished, num_accepted, place = [], [], 0
+        all_finite = np.isfinite(logprobs).all()
         for seq, query_len, num_right in zip(sequences, query_lens.tolist(), accepted.tolist(), strict=True):
             emitted = slice(place, place + num_right + 1)
             place += query_len
-            if not all(map(math.isfinite, logprob_list[emitted])):
+            if not (all_finite or all(map(math.isfinite, logprob_list[emitted]))):
                 raise FloatingPointError(
                     f"the policy's logits are NaN or infinite after token {seq.num_tokens} of completion {seq.index}: its "
                     "weights have diverged. Lower the learning rate or clip gradients, and resume from the last good checkpoint"

@@ -75,7 +75,8 @@ class Scheduler:
         while position < len(self.running):
             seq = self.running[position]
             try:
-                self.pool.grow(seq.block_table, seq.num_computed + 1)
+                if seq.num_computed == len(seq.block_table) * self.pool.block_size:  # full: one step in block_size
+                    self.pool.grow(seq.block_table, seq.num_computed + 1)
                 position += 1
             except OutOfBlocks:
                 assert len(self.running) > 1 or self.prefilling, "the pool was checked to hold one sequence"

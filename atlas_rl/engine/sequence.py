@@ -50,16 +50,16 @@ class Sequence:
     def append(self, token_ids: list[int], logprobs: list[float], stopping_ids: frozenset[int]) -> int:
         """Take emitted tokens up to the first one that ends the completion; returns how many were taken."""
         taken = 0
-        for token, logprob in zip(token_ids, logprobs, strict=True):
-            self.output_ids.append(token)
-            self.logprobs.append(logprob)
+        for token in token_ids:
             taken += 1
             if token in stopping_ids:
                 self.finish_reason = "stop"
                 break
-            if self.num_remaining == 0:
+            if taken == self.num_remaining:
                 self.finish_reason = "length"
                 break
+        self.output_ids += token_ids[:taken]
+        self.logprobs += logprobs[:taken]
         self.num_computed += taken
         if self.seen_V is not None:
             self.seen_V[token_ids[:taken]] = True

@@ -36,8 +36,9 @@ inline float sum(Vec v) {
     return (quarter[0][0] + quarter[0][2]) + (quarter[0][1] + quarter[0][3]);
 }
 
+template <int FOR_WRITING = 0>
 inline void prefetch(const float* p, int64_t size) {
-    for (int64_t i = 0; i < size; i += 64 / sizeof(float)) __builtin_prefetch(p + i);
+    for (int64_t i = 0; i < size; i += 64 / sizeof(float)) __builtin_prefetch(p + i, FOR_WRITING);
 }
 
 // exp(x) within 2 ulp: 2^n times a polynomial (Cephes); 0 below -87.3. NaN stays NaN.
@@ -258,6 +259,12 @@ void rope_and_store(float* qkv, const float* query_norm, const float* key_norm, 
 #pragma omp parallel for if (num_tokens * width >= PARALLEL_WORK)
     for (int64_t n = 0; n < num_tokens; n++) {
         float* head = qkv + n * width;
+        const int64_t block = slots[n] / block_size, offset = slots[n] % block_size;
+        const int64_t place = (block * num_kv_heads * block_size + offset) * head_dim, head_stride = block_size * head_dim;
+        for (int64_t h = 0; h < num_kv_heads; h++) {  // fetched while the heads are rotated
+            prefetch<1>(keys + place + h * head_stride, head_dim);
+            prefetch<1>(values + place + h * head_stride, head_dim);
+        }
         const float *cos_n = cos + positions[n] * half, *sin_n = sin + positions[n] * half;
         for (int64_t h = 0; h < num_heads + num_kv_heads; h++, head += head_dim) {
             const float* weight = h < num_heads ? query_norm : key_norm;
@@ -265,11 +272,9 @@ void rope_and_store(float* qkv, const float* query_norm, const float* key_norm, 
             rotate(head, cos_n, sin_n, half);
         }
         const float *key = head - num_kv_heads * head_dim, *value = head;
-        const int64_t block = slots[n] / block_size, offset = slots[n] % block_size;
         for (int64_t h = 0; h < num_kv_heads; h++) {
-            const int64_t place = ((block * num_kv_heads + h) * block_size + offset) * head_dim;
-            std::memcpy(keys + place, key + h * head_dim, head_dim * sizeof(float));
-            std::memcpy(values + place, value + h * head_dim, head_dim * sizeof(float));
+            std::memcpy(keys + place + h * head_stride, key + h * head_dim, head_dim * sizeof(float));
+            std::memcpy(values + place + h * head_stride, value + h * head_dim, head_dim * sizeof(float));
         }
     }
 }
