@@ -14,8 +14,8 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from atlas_rl.config import AtlasConfig
+from atlas_rl.drafters import build_drafter
 from atlas_rl.drafters.base import Drafter
-from atlas_rl.drafters.suffix import SuffixDrafter
 from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.engine.twin import UnsupportedModel
@@ -42,7 +42,7 @@ class Attachment:
         """The trainer's live state; the one seen in `on_init_end` is not the one that trains."""
         self.engine: RolloutEngine | None = None
         self.engine_key: Any = None
-        self.drafter: Drafter | None = SuffixDrafter() if config.drafter_names else None
+        self.drafter: Drafter | None = build_drafter(config)
         self.log: RolloutLog | None = None
         self.stats = RolloutStats()
         self.calls: dict[str, tuple[int, int]] = {}

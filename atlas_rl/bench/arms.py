@@ -15,7 +15,7 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from atlas_rl.bench.workload import SAMPLING, Batch, Workload
 from atlas_rl.config import AtlasConfig
-from atlas_rl.drafters.suffix import SuffixDrafter
+from atlas_rl.drafters import build_drafter
 from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.policy_view import PolicyView
 
@@ -162,8 +162,7 @@ class AtlasArm(Arm):
         return {"tokens_per_decode_step": row["tokens_per_decode_step"], "peak_bytes": row["kv_peak_bytes"]}
 
     def _forget(self) -> None:
-        drafter = SuffixDrafter() if self.config.drafter_names else None
-        self.engine = RolloutEngine(self.view, self.config, drafter)
+        self.engine = RolloutEngine(self.view, self.config, build_drafter(self.config))
         if self.step_cost is not None:  # step times are the machine's, not the completions': a trainer keeps them too
             self.engine.step_cost.__dict__.update(self.step_cost.__dict__)
         self.step_cost = self.engine.step_cost

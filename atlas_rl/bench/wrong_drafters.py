@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from atlas_rl.drafters.base import Draft, DraftRow
+import numpy as np
+
+from atlas_rl.drafters.base import DraftRow, Drafts
 
 
 class WrongDrafter:
@@ -23,9 +25,14 @@ class WrongDrafter:
             assert row.row_id not in self.rows, "admitted twice"
             self.rows[row.row_id] = row
 
-    def propose(self, rows: Sequence[DraftRow], max_lens: Sequence[int]) -> list[Draft]:
+    def propose(self, rows: Sequence[DraftRow], max_lens: np.ndarray) -> Drafts:
         assert all(row.row_id in self.rows for row in rows), "a row that was never admitted"
-        return [self.propose_one(row, max_len) for row, max_len in zip(rows, max_lens, strict=True)]
+        drafts = Drafts(np.zeros((len(rows), max_lens.max()), np.int64), np.zeros((len(rows), max_lens.max())))
+        for index, (row, max_len) in enumerate(zip(rows, max_lens.tolist(), strict=True)):
+            tokens = self.propose_one(row, max_len)
+            drafts.token_ids[index, : len(tokens)] = tokens
+            drafts.probs[index, : len(tokens)] = 1.0  # promised to be certain
+        return drafts
 
     def observe(self, rows: Sequence[DraftRow], num_drafted: Sequence[int], num_accepted: Sequence[int]) -> None:
         assert all(0 <= a <= d for d, a in zip(num_drafted, num_accepted, strict=True))
@@ -39,13 +46,13 @@ class WrongDrafter:
 
 
 class RandomDrafter(WrongDrafter):
-    """Random tokens at random lengths, promised to be certain."""
+    """Random tokens at random lengths."""
 
     name = "random"
 
-    def propose_one(self, row: DraftRow, max_len: int) -> Draft:
+    def propose_one(self, row: DraftRow, max_len: int) -> list[int]:
         length = self.rng.randint(0, max_len)
-        return Draft([self.rng.randrange(self.vocab_size) for _ in range(length)], [1.0] * length)
+        return [self.rng.randrange(self.vocab_size) for _ in range(length)]
 
 
 class AdversarialDrafter(WrongDrafter):
@@ -58,9 +65,8 @@ class AdversarialDrafter(WrongDrafter):
         self.answers = answers
         """The completion of each (prompt, seed)."""
 
-    def propose_one(self, row: DraftRow, max_len: int) -> Draft:
+    def propose_one(self, row: DraftRow, max_len: int) -> list[int]:
         answer = self.answers[row.prompt_ids, row.request.seed]
         ahead = answer[len(row.output_ids) :][:max_len]
         num_right = self.rng.randint(0, max_len)
-        tokens = [t if i < num_right else (t + 1) % self.vocab_size for i, t in enumerate(ahead)]
-        return Draft(tokens, [1.0] * len(tokens))
+        return [t if i < num_right else (t + 1) % self.vocab_size for i, t in enumerate(ahead)]

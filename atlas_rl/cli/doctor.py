@@ -65,7 +65,9 @@ def examine() -> Iterator[Finding]:
     yield found
     if found.status == OK:
         packed = _probe("packed linears", _packed_linear)
-        yield packed if packed.status == OK else packed._replace(status=OPTIONAL)  # they only make it faster
+        kernels = _probe("CPU kernels", _cpu_kernels)
+        for finding in (packed, kernels):  # they only make it faster
+            yield finding if finding.status == OK else finding._replace(status=OPTIONAL)
         yield _accelerator()
         yield _triton()
     for name in LIBRARIES:
@@ -114,6 +116,18 @@ def _packed_linear() -> str:
     if error > 1e-4:
         raise RuntimeError(f"the packed product is off by {error:.1e}: set atlas.engine.pack_linears to false")
     return f"oneDNN packs Linear weights (error {error:.0e})"
+
+
+def _cpu_kernels() -> str:
+    """Compiled here and now if they never were."""
+    from atlas_kernels import cpu
+    from atlas_rl.drafters.suffix import SuffixDrafter
+
+    reasons = {"fused layers": cpu.unavailable_reason(), "suffix drafter": SuffixDrafter.unavailable_reason()}
+    missing = [f"no {name}: {reason}" for name, reason in reasons.items() if reason is not None]
+    if missing:
+        raise RuntimeError("; ".join(missing))
+    return f"compiled: {', '.join(reasons)}"
 
 
 def _accelerator() -> Finding:

@@ -1,61 +1,89 @@
-"""Measured seconds of a decode step, by the number of tokens that pass through the policy."""
+"""Measured seconds of a decode step, by the tokens that pass through the policy and those that they attend to."""
 
 from __future__ import annotations
 
-import bisect
 from collections import deque
 from statistics import median
+from typing import Any
+
+import numpy as np
 
 SAMPLES_KEPT = 15
 MIN_SAMPLES = 3
 """One slow step is an accident: a bucket that nobody believes in is never measured again."""
 
+REFIT_EVERY = 8
+MAX_AGE = 256
+"""Steps after which a bucket of few samples is forgotten."""
+
 
 def bucket_of(num_tokens: int) -> int:
-    """Token counts with about the same step time share a bucket: 1, 2, 3, 4, 6, 8, 12, 16, 24, … (rounded down)."""
+    """Token counts with about the same step time share a bucket: 1 to 8, 12, 16, 24, … (rounded down)."""
+    if num_tokens <= 8:  # where other kernels take over step times jump
+        return num_tokens
     power = 1 << (num_tokens.bit_length() - 1)
-    return power + power // 2 if num_tokens >= power + power // 2 and power > 1 else power
+    return power + power // 2 if num_tokens >= power + power // 2 else power
 
 
 class StepCost:
-    """Median seconds per decode step of the latest steps in each bucket, interpolated between buckets.
+    """Seconds of a decode step over N tokens that attend to C cached ones: the median of the latest steps in N's bucket,
+    interpolated between buckets, plus C times what a cached token costs.
 
-    Beyond the largest measured bucket the estimate stays flat: optimism makes the first step there a measurement, and the next
-    choice knows better.
+    The two are told apart because draft tokens share their row's cache: eight rows with a draft token each cost less than
+    sixteen rows. Beyond the largest measured bucket twice the tokens are taken to cost half as much again: a little optimism,
+    that makes good drafts go there and be measured.
     """
 
     def __init__(self) -> None:
-        self.samples: dict[int, deque[float]] = {}
+        self.samples: dict[int, deque[tuple[int, float]]] = {}
+        """By bucket: cached tokens and seconds of its latest steps."""
         self.counts: list[int] = []
         """The buckets that are measured often enough to be believed, sorted."""
-        self.medians: dict[int, float] = {}
+        self.medians: list[float] = []
+        """Their seconds without the cached tokens', in the same order."""
+        self.seconds_per_cached = 0.0
+        self.num_recorded = 0
+        self.last_recorded: dict[int, int] = {}
+        """By bucket, the number of its latest step."""
 
-    def record(self, num_tokens: int, seconds: float) -> None:
+    def record(self, num_tokens: int, num_cached: int, seconds: float) -> None:
         bucket = bucket_of(num_tokens)
-        samples = self.samples.setdefault(bucket, deque(maxlen=SAMPLES_KEPT))
-        samples.append(seconds)
-        if len(samples) >= MIN_SAMPLES:
-            self.medians[bucket] = median(samples)
-            if bucket not in self.counts:
-                bisect.insort(self.counts, bucket)
+        self.samples.setdefault(bucket, deque(maxlen=SAMPLES_KEPT)).append((num_cached, seconds))
+        self.num_recorded += 1
+        self.last_recorded[bucket] = self.num_recorded
+        if self.num_recorded % REFIT_EVERY == 0 or (len(self.samples[bucket]) == MIN_SAMPLES):
+            self._fit()
 
-    def seconds(self, num_tokens: int) -> float | None:
-        """Estimated seconds of a step over `num_tokens`, or None before there is a believed measurement."""
+    def seconds(self, num_tokens: int | np.ndarray, num_cached: int = 0) -> Any:
+        """Estimated seconds of a step over `num_tokens` (each of them), or None before there is a believed measurement."""
         if not self.counts:
             return None
-        place = bisect.bisect_right(self.counts, num_tokens)
-        if place == 0:
-            return self.medians[self.counts[0]]
-        low = self.counts[place - 1]
-        if place == len(self.counts) or low == num_tokens:
-            return self.medians[low]
-        high = self.counts[place]
-        share = (num_tokens - low) / (high - low)
-        return self.medians[low] + share * (self.medians[high] - self.medians[low])
+        beyond = np.maximum(0, np.asarray(num_tokens) / self.counts[-1] - 1) * self.medians[-1] / 2
+        return np.interp(num_tokens, self.counts, self.medians) + beyond + self.seconds_per_cached * num_cached
+
+    def _fit(self) -> None:
+        """The price of a cached token is the common slope of the buckets: least squares about each one's own mean."""
+        for bucket, samples in list(self.samples.items()):
+            if len(samples) < SAMPLES_KEPT and self.num_recorded - self.last_recorded[bucket] > MAX_AGE:
+                del self.samples[bucket]  # a few slow steps would keep anyone from going there again
+        believed = {bucket: np.array(s) for bucket, s in sorted(self.samples.items()) if len(s) >= MIN_SAMPLES}
+        centred = np.concatenate([s - s.mean(0) for s in believed.values()] or [np.zeros((1, 2))])
+        variance = float((centred[:, 0] ** 2).sum())
+        slope = float(centred.prod(1).sum()) / variance if variance else 0.0
+        # no more than explains all of any bucket's time
+        highest = min((float((s[:, 1] / np.maximum(s[:, 0], 1)).min()) for s in believed.values()), default=0.0)
+        self.seconds_per_cached = min(max(0.0, slope), highest)
+        self.counts = list(believed)
+        medians = [
+            median(seconds - self.seconds_per_cached * cached for cached, seconds in self.samples[bucket])
+            for bucket in self.counts
+        ]
+        # more tokens never take less time: a bucket above a larger one was measured in bad moments
+        self.medians = np.minimum.accumulate(medians[::-1])[::-1].tolist()
 
 
 class FixedStepCost:
     """A step cost that never looks at a clock, for deterministic runs: 16 more tokens cost as much as the step itself."""
 
-    def seconds(self, num_tokens: int) -> float:
+    def seconds(self, num_tokens: int | np.ndarray, num_cached: int = 0) -> Any:
         return 1.0 + num_tokens / 16

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 
 class DraftRow(Protocol):
     """What a drafter may know of a running sequence."""
@@ -18,18 +20,24 @@ class DraftRow(Protocol):
     prompt_ids: tuple[int, ...]
     output_ids: list[int]
     """The completion so far; the engine appends to it, drafters only read."""
+    noise_seed: int | None
+    """Seed of the row's noise: the policy's token at a position of the completion is the arg-max of log p / T + noise keyed
+    by (seed, position, token); a drafter that draws with it is right more often. None where the policy decodes greedily."""
 
 
-class Draft(NamedTuple):
-    """Guessed continuation of one row."""
+class Drafts(NamedTuple):
+    """Guessed continuations of R rows, K tokens at most."""
 
-    token_ids: list[int]
-    """May be empty."""
-    probs: list[float]
-    """probs[i]: estimated probability that tokens 0..i are all accepted; non-increasing; their sum is the expected gain."""
+    token_ids: np.ndarray
+    """[R, K] int64."""
+    probs: np.ndarray
+    """[R, K] estimated probability that a token and all before it are accepted: non-increasing, 0 after a draft's end. A row's
+    sum is its expected gain."""
 
-
-NO_DRAFT = Draft([], [])
+    @property
+    def lens(self) -> np.ndarray:
+        """[R] tokens of each draft."""
+        return (self.probs > 0).cumprod(axis=1).sum(axis=1)
 
 
 class Drafter(Protocol):
@@ -38,7 +46,7 @@ class Drafter(Protocol):
     def admit(self, rows: Sequence[DraftRow]) -> None:
         """Rows start decoding; after a preemption `output_ids` is not empty."""
 
-    def propose(self, rows: Sequence[DraftRow], max_lens: Sequence[int]) -> list[Draft]:
+    def propose(self, rows: Sequence[DraftRow], max_lens: np.ndarray) -> Drafts:
         """One draft per row, of at most `max_lens[i]` tokens (0: none wanted)."""
 
     def observe(self, rows: Sequence[DraftRow], num_drafted: Sequence[int], num_accepted: Sequence[int]) -> None:

@@ -34,6 +34,8 @@ class ForwardBatch:
     query_lens: np.ndarray
     """[R] the same for the host."""
     max_query_len: int
+    num_cached: int
+    """Tokens of all rows that were in the cache before."""
     masks: dict[tuple[int | None, torch.dtype, int], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -76,6 +78,7 @@ class ForwardBatch:
             query_lens_R=to_device(query_lens),
             query_lens=query_lens,
             max_query_len=max_query_len,
+            num_cached=int(start_R.sum()),
         )
 
     @property

@@ -135,10 +135,9 @@ class RolloutEngine:
         drafts = self.speculator.draft(self.scheduler, self.stats)
 
         drafted = time.perf_counter()
-        with self.runner.threads_for(len(sequences) + sum(map(len, drafts))):
-            batch, hidden_ND = self.runner.verify(sequences, drafts)
-            verified = time.perf_counter()
-            tokens, logprobs = self._sample(sampling, sequences, batch, hidden_ND)
+        batch, hidden_ND = self.runner.verify(sequences, drafts)
+        verified = time.perf_counter()
+        tokens, logprobs = self._sample(sampling, sequences, batch, hidden_ND)
         accepted = count_accepted(tokens, batch.input_ids, batch.query_lens)
         finished, num_accepted = self._commit(sequences, batch.query_lens, tokens, logprobs, accepted, sampling)
         sampled = time.perf_counter()
@@ -150,20 +149,22 @@ class RolloutEngine:
         self.stats.seconds["sample"] += sampled - verified
         drafting = self.stats.seconds["draft"] - drafting_before
         num_emitted = len(sequences) + sum(num_accepted)
-        self._record_step(len(sequences), batch.num_tokens, num_emitted, time.perf_counter() - start - drafting)
+        self._record_step(batch, num_emitted, time.perf_counter() - start - drafting, drafting)
 
-    def _record_step(self, num_rows: int, num_tokens: int, num_emitted: int, seconds: float) -> None:
+    def _record_step(self, batch: ForwardBatch, num_emitted: int, seconds: float, drafting: float) -> None:
         """Count a decode step, and what plain decoding would have taken to emit as much: as many steps as rows emitted tokens
-        on average, each as much shorter as measured steps over `num_rows` tokens are than steps over `num_tokens`."""
-        stats = self.stats
+        on average, each as much shorter as measured steps over as many tokens as rows are than steps over the batch's."""
+        stats, num_rows, num_tokens, num_cached = self.stats, batch.num_rows, batch.num_tokens, batch.num_cached
         stats.decode_steps += 1
         stats.row_steps += num_rows
         if stats.decode_steps > 1:  # the first step of a rollout runs on cold caches, after a training step
-            self.step_cost.record(num_tokens, seconds)
+            self.step_cost.record(num_tokens, num_cached, seconds)
         scale = 1.0
-        if num_tokens > num_rows and self.step_cost.seconds(num_tokens) is not None:
-            scale = min(1.0, self.step_cost.seconds(num_rows) / self.step_cost.seconds(num_tokens))
+        estimates = self.step_cost.seconds(np.array([num_rows, num_tokens]), num_cached)
+        if num_tokens > num_rows and estimates is not None:
+            scale = min(1.0, estimates[0] / estimates[1])
         self.plain_decode_seconds += seconds * scale * num_emitted / num_rows
+        self.speculator.settle(num_rows, seconds + drafting, num_emitted / num_rows)
 
     def _sample(
         self, sampling: SamplingParams, sequences: list[Sequence], batch: ForwardBatch, hidden_ND: torch.Tensor
@@ -263,6 +264,8 @@ class RolloutEngine:
 
     def _make_sequences(self, requests: list[RolloutRequest], sampling: SamplingParams) -> list[Sequence]:
         sequences = [Sequence(request, self.num_rows + i, i) for i, request in enumerate(requests)]
+        for seq in sequences:
+            seq.noise_seed = None if sampling.is_greedy else seq.request.seed
         self.num_rows += len(requests)
         if sampling.repetition_penalty != 1:
             for seq in sequences:

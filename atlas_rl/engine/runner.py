@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 
 from atlas_rl.engine.batch import ForwardBatch
@@ -13,15 +10,11 @@ from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.engine.scheduler import PrefillChunk
 from atlas_rl.engine.sequence import Sequence
 
-SMALL_FORWARD = 2**23
-"""Multiply-adds of a forward: two tokens of a model of 4 M parameters."""
-
 
 class ModelRunner:
     def __init__(self, view: PolicyView, kv_cache: KVCache) -> None:
         self.view = view
         self.kv_cache = kv_cache
-        self.num_threads = torch.get_num_threads()
 
     def prefill(self, chunks: list[PrefillChunk]) -> None:
         """Write the KV of prefix chunks. No logits: the last prompt token is decoded by each sequence itself."""
@@ -38,15 +31,3 @@ class ModelRunner:
         starts = [seq.num_computed for seq in sequences]
         batch = ForwardBatch.build(self.kv_cache, tokens, starts, [seq.block_table for seq in sequences])
         return batch, self.view.hidden_states(batch)
-
-    @contextlib.contextmanager
-    def threads_for(self, num_tokens: int) -> Iterator[None]:
-        """On CPU, a step this small runs on one thread: waking the others costs more than they give."""
-        if self.view.device.type != "cpu" or num_tokens * self.view.num_weights > SMALL_FORWARD:
-            yield
-            return
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(self.num_threads)

@@ -27,6 +27,8 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0
     finish_reason: str | None = None
+    noise_seed: int | None = None
+    """The request's seed; None under greedy decoding, which draws no noise."""
     seen_V: torch.Tensor | None = None
     """Tokens of prompt and completion as a mask; kept only under a repetition penalty."""
 

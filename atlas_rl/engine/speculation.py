@@ -7,9 +7,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from atlas_rl.control.lookahead import choose_draft_lens
+from atlas_rl.control.payoff import Payoff
 from atlas_rl.control.trust import Trust
-from atlas_rl.drafters.base import Draft, Drafter
+from atlas_rl.drafters.base import Drafter, Drafts
 from atlas_rl.engine.scheduler import Scheduler
 from atlas_rl.engine.sequence import Sequence
 from atlas_rl.telemetry.stats import DrafterStats, RolloutStats
@@ -18,10 +21,6 @@ logger = logging.getLogger(__name__)
 
 MAX_DRAFT_LEN = 16
 """Longest draft asked for when the lookahead is automatic."""
-PATIENCE = 4
-"""Steps in a row in which no draft was worth verifying before the drafter is asked less often."""
-MAX_REST = 64
-"""Steps that pass without asking at most."""
 
 
 class Speculator:
@@ -32,7 +31,7 @@ class Speculator:
         drafter: Drafter | None,
         *,
         lookahead: int | None,
-        step_seconds: Callable[[int], float | None],
+        step_seconds: Callable[[np.ndarray, int], np.ndarray | None],
         vocab_size: int,
         count_draft_seconds: bool = True,
     ) -> None:
@@ -46,12 +45,15 @@ class Speculator:
         """Decayed seconds that proposing and observing cost per step."""
         self.expected = 0.0
         """Accepted tokens that the current step's drafts promise."""
-        self.num_useless = 0
-        """Proposals in a row of which nothing was worth verifying."""
-        self.rest = 0
-        """Steps still to pass before the drafter is asked again."""
+        self.payoff = Payoff()
+        self.asked = False
+        """Whether the drafter is asked in the current step."""
         self.has_backlog = False
-        """Whether rows have emitted tokens that the drafter has not been told of, because it rests."""
+        """Whether rows have emitted tokens that the drafter has not been told of, because it is not asked."""
+
+    @property
+    def follows_clocks(self) -> bool:
+        return self.lookahead is None and self.count_draft_seconds
 
     def admit(self, sequences: list[Sequence]) -> None:
         if sequences:
@@ -60,7 +62,6 @@ class Speculator:
     def release(self, sequences: list[Sequence], finished: bool) -> None:
         if sequences:
             self._call("release", sequences, finished)
-            self.rest = 0  # a smaller batch makes drafts cheaper: ask again
 
     def policy_updated(self) -> None:
         self._call("policy_updated")
@@ -72,13 +73,15 @@ class Speculator:
         self.expected = 0.0
         if self.drafter is None:
             return nothing
-        if self.rest:
-            self.rest -= 1
+        self.asked = not self.follows_clocks or self.payoff.should_ask(len(sequences))
+        if not self.asked:
             return nothing
         start = time.perf_counter()
         longest = MAX_DRAFT_LEN if self.lookahead is None else self.lookahead
         # a row's last token needs no draft after it: K drafts emit up to K + 1 tokens
-        max_lens = [min(longest, seq.num_remaining - 1) for seq in sequences]
+        max_lens = np.minimum(longest, np.array([seq.num_remaining for seq in sequences]) - 1)
+        if not max_lens.any():
+            return nothing
         if self.has_backlog:
             nobody = [0] * len(sequences)
             self._call("observe", sequences, nobody, nobody)
@@ -88,19 +91,18 @@ class Speculator:
         if drafts is None:
             return nothing
         if self.lookahead is not None:
-            lens = [len(draft.token_ids) for draft in drafts]
+            lens = drafts.lens
         else:
-            factor = self.trust.factor
-            probs = [[p * factor for p in draft.probs] for draft in drafts]
             cost = self.draft_seconds if self.count_draft_seconds else 0.0
-            lens = choose_draft_lens(probs, self.step_seconds, cost)
-            self.num_useless = 0 if any(lens) else self.num_useless + 1
-            self.rest = min(MAX_REST, max(0, self.num_useless - PATIENCE))
-        chosen = [
-            draft.token_ids[: scheduler.reserve_draft(seq, length)] if length else []
-            for seq, draft, length in zip(sequences, drafts, lens, strict=True)
-        ]
-        self.expected = sum(sum(draft.probs[: len(tokens)]) for draft, tokens in zip(drafts, chosen, strict=True))
+            num_cached = sum(seq.num_computed for seq in sequences)
+            lens = choose_draft_lens(
+                drafts.probs * self.trust.factor, lambda num_tokens: self.step_seconds(num_tokens, num_cached), cost
+            )
+        chosen = nothing
+        for row in np.flatnonzero(lens).tolist():
+            fitting = scheduler.reserve_draft(sequences[row], int(lens[row]))
+            chosen[row] = drafts.token_ids[row, :fitting].tolist()
+            self.expected += float(drafts.probs[row, :fitting].sum())
         self._count_seconds(start, stats)
         return chosen
 
@@ -117,7 +119,9 @@ class Speculator:
             self._count(num_drafted, num_accepted, total_drafted, stats)
         else:
             self.trust.idle()
-        if self.rest:  # what is emitted meanwhile is told in one go, before a row leaves or drafts are asked for again
+        if (
+            not self.asked
+        ):  # what is emitted meanwhile is told in one go, before a row leaves or drafts are asked for again
             self.has_backlog = True
             sequences = [seq for seq in sequences if seq.finish_reason is not None]
             num_drafted = num_accepted = [0] * len(sequences)
@@ -125,6 +129,11 @@ class Speculator:
             self._call("observe", sequences, num_drafted, num_accepted)
         self._count_seconds(start, stats)
         self.draft_seconds *= 0.95
+
+    def settle(self, num_rows: int, seconds: float, tokens_per_row: float) -> None:
+        """A step is over, drafting and observing included."""
+        if self.drafter is not None and self.follows_clocks:
+            self.payoff.record(num_rows, self.asked, seconds, tokens_per_row)
 
     def _count(self, num_drafted: list[int], num_accepted: list[int], total_drafted: int, stats: RolloutStats) -> None:
         depths = range(max(num_drafted))
@@ -151,23 +160,19 @@ class Speculator:
             self._bench(f"{method} raised {type(error).__name__}: {error}")
             return None
 
-    def _checked(self, drafts: list[Draft], max_lens: list[int]) -> list[Draft] | None:
+    def _checked(self, drafts: Drafts, max_lens: np.ndarray) -> Drafts | None:
         """The drafts, cut to their limits; a drafter that proposes nonsense is benched."""
-        fault = None
-        if len(drafts) != len(max_lens):
-            fault = f"{len(drafts)} drafts for {len(max_lens)} rows"
-        cut = [Draft(d.token_ids[:n], d.probs[:n]) for d, n in zip(drafts, max_lens)]
-        for token_ids, probs in cut:
-            if len(token_ids) != len(probs):
-                fault = f"{len(token_ids)} tokens with {len(probs)} probabilities"
-            elif not all(0 <= token < self.vocab_size for token in token_ids):
-                fault = f"a token id outside the vocabulary: {token_ids}"
-            elif not all(0 <= p <= 1 for p in probs):
-                fault = f"a probability outside [0, 1]: {probs}"
-        if fault is not None:
-            self._bench(f"it proposed {fault}")
-            return None
-        return cut
+        token_ids, probs = drafts
+        if not (token_ids.shape == probs.shape and token_ids.ndim == 2 and len(token_ids) == len(max_lens)):
+            fault = f"drafts of shape {token_ids.shape} with probabilities of {probs.shape} for {len(max_lens)} rows"
+        elif not ((probs >= 0) & (probs <= 1)).all():
+            fault = "a probability outside [0, 1]"
+        elif not ((token_ids >= 0) & (token_ids < self.vocab_size)).all():
+            fault = f"a token id outside the vocabulary: {token_ids.min()} … {token_ids.max()}"
+        else:
+            return Drafts(token_ids, np.where(np.arange(probs.shape[1]) < max_lens[:, None], probs, 0.0))
+        self._bench(f"it proposed {fault}")
+        return None
 
     def _bench(self, reason: str) -> None:
         logger.warning("drafter %s is benched, decoding goes on without it: %s", self.drafter.name, reason)

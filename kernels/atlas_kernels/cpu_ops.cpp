@@ -256,7 +256,7 @@ void rope_and_store(float* qkv, const float* query_norm, const float* key_norm, 
                     const int64_t* positions, const int64_t* slots, float* keys, float* values, int64_t num_tokens,
                     int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t block_size) {
     const int64_t width = (num_heads + 2 * num_kv_heads) * head_dim, half = head_dim / 2;
-#pragma omp parallel for if (num_tokens * width >= PARALLEL_WORK)
+#pragma omp parallel for if (num_tokens * width >= PARALLEL_WORK / 4)
     for (int64_t n = 0; n < num_tokens; n++) {
         float* head = qkv + n * width;
         const int64_t block = slots[n] / block_size, offset = slots[n] % block_size;

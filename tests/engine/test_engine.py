@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers import MODELS, VOCAB_SIZE, make_engine, make_requests, tiny_llama
 
 from atlas_rl.bench.wrong_drafters import RandomDrafter
 from atlas_rl.config import AtlasConfig, EngineConfig
-from atlas_rl.drafters.base import Draft
+from atlas_rl.drafters.base import Drafts
 from atlas_rl.engine.engine import _warned
 from atlas_rl.types import SamplingParams
 
@@ -189,10 +190,10 @@ class FailingDrafter(RandomDrafter):
         if self.fault == "raises":
             raise RuntimeError("no more ideas")
         if self.fault == "nan":
-            return [Draft([1], [float("nan")])] * len(rows)
+            return Drafts(drafts.token_ids, np.full_like(drafts.probs, np.nan))
         if self.fault == "foreign token":
-            return [Draft([VOCAB_SIZE + 5], [0.5])] * len(rows)
-        return drafts[:-1]
+            return Drafts(np.full_like(drafts.token_ids, VOCAB_SIZE + 5), drafts.probs)
+        return Drafts(drafts.token_ids[:-1], drafts.probs[:-1])
 
 
 @pytest.mark.parametrize("fault", ["raises", "nan", "foreign token", "too few drafts"])
