@@ -170,7 +170,7 @@ def test_a_drafter_lives_on_until_batches_come_back(monkeypatch):
     assert all(equal.starts_over(r) for r in repeats)
 
     updated = []
-    monkeypatch.setattr(SuffixDrafter, "policy_updated", updated.append)
+    monkeypatch.setattr(SuffixDrafter, "policy_updated", lambda drafter: updated.append(drafter))
     arm = AtlasArm(load_policy(MODEL))
     drafters = []
     for repeat in (1, 2, 3, 1 + per_pass):
