@@ -22,7 +22,7 @@ class EngineConfig:
     max_prefill_tokens: int = 2048
     """Prompt tokens per prefill forward; longer prompts are prefilled in chunks."""
     pack_linears: bool = True
-    """On CPU, in float32: pack the Linear weights for few-row products (one extra copy of them)."""
+    """On CPU, in float32: pack the Linear weights for few-row products (one extra copy), and run Llama-like layers fused."""
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_prefill_tokens"):
