@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from functools import cached_property
 
 import torch
 from torch import nn
@@ -91,11 +90,6 @@ class PolicyView:
     @property
     def vocab_size(self) -> int:
         return self.model.get_output_embeddings().weight.shape[0]
-
-    @cached_property
-    def num_weights(self) -> int:
-        """Parameters, which is about the multiply-adds per token."""
-        return sum(p.numel() for p in self.model.parameters())
 
     @property
     def max_len(self) -> int | None:
