@@ -53,9 +53,9 @@ class PackedLinear(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """[…, in_features] -> […, sum of out_features], plus a residual of the result's shape."""
         num_rows = x.numel() // self.in_features
-        if self.small is not None:
+        if self.small is not None and x.dtype == torch.float32:
             if num_rows == 1 or (num_rows <= FEW_ROWS and self.num_weights <= SMALL_WEIGHT):
-                out = self.small(x.view(num_rows, -1), residual)
+                out = self.small(x.reshape(num_rows, -1).contiguous(), residual)
                 return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
         elif num_rows * self.num_weights <= SMALL_PRODUCT and len(self.sources) == 1 and residual is None:
             return torch._C._nn.linear(x, self.sources[0].weight, self.bias)

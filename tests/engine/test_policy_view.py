@@ -107,6 +107,16 @@ def test_fused_layers_compute_what_the_modules_compute(name: str, monkeypatch):
         torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("num_rows", [1, 2, 4, 5])
+def test_a_packed_linear_takes_any_layout(num_rows: int):
+    """Rows that lie apart in memory, and dimensions before them."""
+    source = torch.nn.Linear(64, 48)
+    x = torch.randn(num_rows, 128)[:, ::2]
+    with torch.inference_mode():
+        for rows in (x, x[None], torch.randn(64, num_rows).T):
+            torch.testing.assert_close(PackedLinear(source)(rows), source(rows), rtol=1e-5, atol=1e-5)
+
+
 def test_an_unknown_layer_is_not_fused():
     """A Linear that is more than a Linear, and an activation that is not SiLU."""
     assert PolicyView(tiny_llama(hidden_act="gelu")).fused is None
