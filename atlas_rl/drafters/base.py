@@ -7,9 +7,14 @@ lengths it asked for, and benches a drafter that raises.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from atlas_rl.engine.batch import ForwardBatch
+    from atlas_rl.engine.policy_view import PolicyView
+    from atlas_rl.types import SamplingParams
 
 
 class DraftRow(Protocol):
@@ -17,6 +22,10 @@ class DraftRow(Protocol):
 
     row_id: int
     """Unique over the life of the engine."""
+    num_computed: int
+    """Tokens of prompt and completion that the policy has computed: all but the last, while the row decodes."""
+    block_table: list[int]
+    """Blocks of the row's KV: position p is in block_table[p // block_size], which siblings may share for whole blocks of prompt."""
     prompt_ids: tuple[int, ...]
     output_ids: list[int]
     """The completion so far; the engine appends to it, drafters only read."""
@@ -40,18 +49,60 @@ class Drafts(NamedTuple):
         return (self.probs > 0).cumprod(axis=1).sum(axis=1)
 
 
-class Drafter(Protocol):
+class Drafter:
+    """What the engine calls, in this order: `wake` as a rollout begins; after a prefill forward `prefilled`, `copy_blocks`, `admit`
+    and `started`; then `propose`, `verified` and `observe` for each decode step; `release` for rows that leave; `sleep` at the end.
+
+    A drafter is not asked at every step. `verified` is called at every one, `observe` at the latest before the next `propose` and
+    before a row leaves. Only `name` and `propose` have to be given.
+    """
+
     name: str
+    layers: tuple[int, ...] | None = None
+    """Decoder layers (from 0) whose outputs it reads in `batch.tapped`; () if `batch.hidden_ND` is enough, None if it looks at
+    tokens alone: then `prefilled`, `started` and `verified` are not called."""
+    uses_blocks: bool = False
+    """Whether it keeps KV of its own in the rows' blocks: these then have room for a draft before `propose` is called."""
+
+    def bind(self, view: PolicyView) -> None:
+        """Called once, before anything else. Embeddings and head of `view` are live: the policy's own at any time.
+
+        Raises:
+            ValueError: it was made for another policy.
+        """
+
+    def wake(self, sampling: SamplingParams, num_blocks: int, block_size: int) -> None:
+        """A rollout begins; its blocks have numbers below `num_blocks`."""
+
+    def sleep(self) -> None:
+        """A rollout is over: give its memory back."""
+
+    def prefilled(self, batch: ForwardBatch, next_token_ids: np.ndarray) -> None:
+        """A prefill forward over parts of prefixes, in `batch`; `next_token_ids` [R] follow each row's last token there. A prefix
+        is a prompt (or a preempted row's tokens) without its last token, which each row decodes itself."""
+
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """(source, target) blocks: what a drafter keeps in the first is wanted in the second too."""
 
     def admit(self, rows: Sequence[DraftRow]) -> None:
         """Rows start decoding; after a preemption `output_ids` is not empty."""
 
-    def propose(self, rows: Sequence[DraftRow], max_lens: np.ndarray) -> Drafts:
-        """One draft per row, of at most `max_lens[i]` tokens (0: none wanted)."""
+    def started(self, rows: Sequence[DraftRow], batch: ForwardBatch, places: np.ndarray) -> None:
+        """The same rows: the last token of row i's prefix is at `places[i]` of the prefilled batch; -1: there was none."""
+
+    def propose(self, rows: Sequence[DraftRow], max_lens: np.ndarray, min_prob: float = 0.0) -> Drafts:
+        """One draft per row, of at most `max_lens[i]` tokens (0: none wanted). A token that is accepted, with all before it, with
+        a probability below `min_prob` would not be verified: nothing is lost by leaving it out."""
+        raise NotImplementedError
+
+    def verified(self, rows: Sequence[DraftRow], batch: ForwardBatch, num_right: np.ndarray) -> None:
+        """A decode step's forward over each row's last token and a draft (of whichever drafter), of which the first
+        `num_right[i]` tokens were right: places up to and with the row's first + num_right[i] hold what rows have emitted
+        (or have ended before)."""
 
     def observe(self, rows: Sequence[DraftRow], num_drafted: Sequence[int], num_accepted: Sequence[int]) -> None:
         """`output_ids` of each row has grown since the drafter was last told of it; of the `num_drafted[i]` verified draft tokens
-        (a prefix of what was proposed, maybe none of it) the first `num_accepted[i]` were right."""
+        (a prefix of what it proposed, maybe none of it) the first `num_accepted[i]` were right."""
 
     def release(self, rows: Sequence[DraftRow], finished: bool) -> None:
         """Rows leave: finished, or else preempted or aborted (a preempted row is admitted again)."""

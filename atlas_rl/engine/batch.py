@@ -36,6 +36,10 @@ class ForwardBatch:
     max_query_len: int
     num_cached: int
     """Tokens of all rows that were in the cache before."""
+    hidden_ND: torch.Tensor | None = None
+    """What the forward leaves: last hidden states, after the final norm."""
+    tapped: dict[int, torch.Tensor] = field(default_factory=dict)
+    """And the outputs [N, D] of the decoder layers that drafters read, by layer (`PolicyView.tap`)."""
     masks: dict[tuple[int | None, torch.dtype, int], torch.Tensor] = field(default_factory=dict)
 
     @classmethod

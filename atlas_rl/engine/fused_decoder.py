@@ -51,6 +51,7 @@ class FusedDecoder:
         self.embed_tokens, self.rotary_emb, self.norm = base.embed_tokens, base.rotary_emb, base.norm
         self.layers = [FusedLayer(layer) for layer in base.layers]
         self.eps = base.norm.variance_epsilon
+        self.tapped_layers: frozenset[int] = frozenset()
         self.cos_PD = self.sin_PD = torch.empty(0, 0)
 
     @classmethod
@@ -112,6 +113,8 @@ class FusedDecoder:
             x_ND = layer.out(mixed_NHD.flatten(1), x_ND)
             gate_up = layer.gate_up(cpu.rms_norm(x_ND, layer.post_norm, eps))
             x_ND = layer.down(cpu.silu_mul(gate_up), x_ND)
+            if index in self.tapped_layers:
+                batch.tapped[index] = x_ND
         return cpu.rms_norm(x_ND, self.norm.weight, eps)
 
     def _grow_rotations(self, num_positions: int) -> None:

@@ -8,7 +8,9 @@ of the Linear weights where another form decodes faster, refreshed in place once
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +24,7 @@ from atlas_rl.engine.linears import CastLinear, PackedLinear, is_linear, share
 from atlas_rl.engine.twin import (
     UnsupportedModel,
     build_twin,
+    decoder_layers,
     kv_shape,
     probe_mismatch,
     run_twin,
@@ -85,6 +88,8 @@ class PolicyView:
                 self._replace(FastRMSNorm.fits, FastRMSNorm)
             else:
                 self.twin.set_output_embeddings(PackedLinear(self.twin.get_output_embeddings()))
+        self.tapped_layers: frozenset[int] = frozenset()
+        self.tap_handles: list[torch.utils.hooks.RemovableHandle] = []
         self.fingerprint = self._fingerprint()
 
     @property
@@ -112,12 +117,37 @@ class PolicyView:
                 self.fused.take_norms()
         return True
 
-    def hidden_states(self, batch: ForwardBatch) -> torch.Tensor:
-        """Last hidden states [N, D] (after the final norm) of a batch whose KV lands in its cache."""
+    @property
+    def hidden_size(self) -> int:
+        return self.model.get_input_embeddings().weight.shape[1]
+
+    @property
+    def num_layers(self) -> int:
+        return self.model.config.get_text_config(decoder=True).num_hidden_layers
+
+    def tap(self, layers: Iterable[int]) -> None:
+        """Have every forward from now on leave the outputs of these decoder layers (from 0) in `batch.tapped`."""
+        self.tapped_layers = frozenset(layers)
+        assert all(0 <= layer < self.num_layers for layer in self.tapped_layers)
         if self.fused is not None:
-            return self.fused(batch)
-        with self._autocast():
-            return run_twin(self.twin, batch)
+            self.fused.tapped_layers = self.tapped_layers
+            return
+        for handle in self.tap_handles:
+            handle.remove()
+        modules = decoder_layers(self.twin)
+        self.tap_handles = [
+            modules[layer].register_forward_hook(partial(_leave_output, layer), with_kwargs=True)
+            for layer in self.tapped_layers
+        ]
+
+    def hidden_states(self, batch: ForwardBatch) -> torch.Tensor:
+        """Last hidden states [N, D] (after the final norm) of a batch whose KV lands in its cache; also `batch.hidden_ND`."""
+        if self.fused is not None:
+            batch.hidden_ND = self.fused(batch)
+        else:
+            with self._autocast():
+                batch.hidden_ND = run_twin(self.twin, batch)
+        return batch.hidden_ND
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """[N, D] -> [N, V], with the scalings that some architectures put on their head."""
@@ -152,6 +182,10 @@ class PolicyView:
         places = [p.data_ptr() for p in parameters]  # kernels read some of them where they are
         sums = [p.view(INTEGERS[p.element_size()]).sum(dtype=torch.int64) for p in parameters]
         return versions + places + torch.stack(sums).tolist()
+
+
+def _leave_output(layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    kwargs["atlas"].tapped[layer] = (output[0] if isinstance(output, tuple) else output)[0]
 
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

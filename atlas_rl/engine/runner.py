@@ -16,14 +16,16 @@ class ModelRunner:
         self.view = view
         self.kv_cache = kv_cache
 
-    def prefill(self, chunks: list[PrefillChunk]) -> None:
-        """Write the KV of prefix chunks. No logits: the last prompt token is decoded by each sequence itself."""
+    def prefill(self, chunks: list[PrefillChunk]) -> ForwardBatch | None:
+        """Write the KV of prefix chunks, a row for each that is not empty. No logits: the last prompt token is decoded by each sequence itself."""
         chunks = [c for c in chunks if c.end > c.start]
         if not chunks:
-            return
+            return None
         tokens = [c.group.prefix_ids[c.start : c.end] for c in chunks]
         tables = [c.group.block_table for c in chunks]
-        self.view.hidden_states(ForwardBatch.build(self.kv_cache, tokens, [c.start for c in chunks], tables))
+        batch = ForwardBatch.build(self.kv_cache, tokens, [c.start for c in chunks], tables)
+        self.view.hidden_states(batch)
+        return batch
 
     def verify(self, sequences: list[Sequence], drafts: list[list[int]]) -> tuple[ForwardBatch, torch.Tensor]:
         """One forward over each row's last token and its draft: the batch, and the hidden states [N, D] after each token."""

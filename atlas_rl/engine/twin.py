@@ -140,6 +140,15 @@ def run_twin(twin: PreTrainedModel, batch: ForwardBatch) -> torch.Tensor:
     return output.last_hidden_state[0]
 
 
+def decoder_layers(twin: PreTrainedModel) -> nn.ModuleList:
+    """A twin's layers, whatever its architecture calls them."""
+    num_layers = twin.config.get_text_config(decoder=True).num_hidden_layers
+    for module in twin.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return module
+    raise ValueError(f"{type(twin).__name__} has no list of {num_layers} layers: drafters that read hidden states cannot be used")
+
+
 def kv_shape(model: PreTrainedModel, dtype: torch.dtype, block_size: int) -> KVShape:
     config = model.config.get_text_config(decoder=True)
     num_heads = config.num_attention_heads
