@@ -146,7 +146,9 @@ def decoder_layers(twin: PreTrainedModel) -> nn.ModuleList:
     for module in twin.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return module
-    raise ValueError(f"{type(twin).__name__} has no list of {num_layers} layers: drafters that read hidden states cannot be used")
+    raise ValueError(
+        f"{type(twin).__name__} has no list of {num_layers} layers: drafters that read hidden states cannot be used"
+    )
 
 
 def kv_shape(model: PreTrainedModel, dtype: torch.dtype, block_size: int) -> KVShape:

@@ -1,0 +1,77 @@
+"""Guesses from a drafter's logits: drawn with the policy's own noise, each with the probability that it is right.
+
+The policy takes argmax(log p / T + g), the guess is argmax(log q / T + g) with the same noise g. What p and q differ by has to
+overcome the margin by which the guess won, so that the margin tells how likely the guess is to be right; how likely for this
+drafter and policy is counted as they decode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from atlas_kernels import gumbel_noise
+from atlas_rl.engine.sampling import SamplingBatch, filter_scores
+from atlas_rl.types import SamplingParams
+
+MARGIN_EDGES = np.array([0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 2.75, 3.5, 4.5, 6.0, 8.0])
+"""Of the margins' buckets, in nats."""
+MAX_DEPTH = 8
+"""Deeper guesses are judged as those at this depth are."""
+HALF_LIFE = 2000.0
+"""Guesses of a cell after which a count weighs half."""
+
+
+def draw(
+    logits_RV: torch.Tensor, params: SamplingParams, seeds: np.ndarray, positions: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Guesses [R] and the margins [R] by which they won over the second best.
+
+    Args:
+        logits_RV: the drafter's, over its vocabulary if that is the policy's. seeds, positions: [R] of the tokens to draw
+            (positions within the completion). Repetition penalties are left out: a guess may be a little worse for it.
+    """
+    logits_RV = logits_RV.float()
+    params = replace(params, repetition_penalty=1.0)
+    places = SamplingBatch.of(params, seeds, positions, logits_RV.device)
+    scaled_RV = logits_RV if params.is_greedy or params.temperature == 1 else logits_RV / params.temperature
+    scores_RV = filter_scores(logits_RV, scaled_RV, places)
+    if not params.is_greedy:
+        scores_RV = scores_RV + gumbel_noise(places.keys_2N, scores_RV.shape[1])
+    best = scores_RV.topk(2, dim=-1)
+    return best.indices[:, 0], best.values[:, 0] - best.values[:, 1]
+
+
+class Calibration:
+    """How often guesses were right, by depth and margin."""
+
+    def __init__(self) -> None:
+        # a guess that won by a wide margin is taken to be right more often, before there is evidence
+        prior = np.linspace(0.4, 0.95, len(MARGIN_EDGES) + 1)
+        self.right_KM = np.tile(4 * prior, (MAX_DEPTH, 1))
+        self.total_KM = np.full_like(self.right_KM, 4.0)
+
+    @staticmethod
+    def cells(margins: np.ndarray) -> np.ndarray:
+        return np.searchsorted(MARGIN_EDGES, margins)
+
+    def probs(self, cells_RK: np.ndarray) -> np.ndarray:
+        """[R, K] probability that a guess and all before it are right."""
+        depths = np.minimum(np.arange(cells_RK.shape[1]), MAX_DEPTH - 1)
+        return (self.right_KM[depths, cells_RK] / self.total_KM[depths, cells_RK]).cumprod(axis=1)
+
+    def record(self, cells_RK: np.ndarray, num_judged: np.ndarray, num_right: np.ndarray) -> None:
+        """Of the first `num_judged[r]` guesses of row r the first `num_right[r]` were right and the next one, if judged, wrong;
+        those after a wrong one tell nothing."""
+        depths = np.arange(cells_RK.shape[1])
+        right = depths < num_right[:, None]
+        known = right | ((depths == num_right[:, None]) & (depths < num_judged[:, None]))
+        rows, columns = np.nonzero(known)
+        place = (np.minimum(columns, MAX_DEPTH - 1), cells_RK[rows, columns])
+        np.add.at(self.total_KM, place, 1.0)
+        np.add.at(self.right_KM, place, right[rows, columns].astype(float))
+        full = self.total_KM > HALF_LIFE
+        self.right_KM[full] /= 2
+        self.total_KM[full] /= 2
