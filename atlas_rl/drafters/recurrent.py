@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from ctypes import c_double, c_float, c_int64, c_void_p
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -53,6 +54,12 @@ MAX_DRAFT = 16
 EDGES = MARGIN_EDGES.astype(np.float32)
 
 
+class Listener(Protocol):
+    def verified(self, rows: Sequence[DraftRow], batch: ForwardBatch, num_right: np.ndarray) -> None: ...
+
+    def release(self, rows: Sequence[DraftRow], finished: bool) -> None: ...
+
+
 class RecurrentDrafter(Drafter):
     """Serves a `RecurrentHead`.
 
@@ -68,6 +75,8 @@ class RecurrentDrafter(Drafter):
         self.vocabulary: DraftVocabulary | None = None
         self.native: NativeHead | None = None
         self.view: PolicyView | None = None
+        self.listener: Listener | None = None
+        """Told of every decode step and of rows that leave: what collects material for retraining."""
         self.forget()
 
     def forget(self) -> None:
@@ -135,6 +144,8 @@ class RecurrentDrafter(Drafter):
         self.sources = self._sources_of(batch)
         self.places = np.cumsum(batch.query_lens) - batch.query_lens + num_right
         self.rows = rows
+        if self.listener is not None:
+            self.listener.verified(rows, batch, num_right)
 
     def observe(self, rows: Sequence[DraftRow], num_drafted: Sequence[int], num_accepted: Sequence[int]) -> None:
         if self.proposed is None or self.proposed[0] is not rows:
@@ -149,6 +160,8 @@ class RecurrentDrafter(Drafter):
     def release(self, rows: Sequence[DraftRow], finished: bool) -> None:
         if finished:
             self.vocabulary.count([row.output_ids for row in rows])
+        if self.listener is not None:
+            self.listener.release(rows, finished)
 
     # ---- guesses ---------------------------------------------------------------------------------------------------------
 
