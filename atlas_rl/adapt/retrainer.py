@@ -76,22 +76,34 @@ class Retrainer:
         Args:
             interval_seconds: since the last update. rollout_seconds: spent decoding since then. remaining: updates to come.
         """
-        start = time.perf_counter()
-        replay = self.capture.take()
-        if self.when == "never" or replay is None or int(replay.num_starts_R.sum()) < STARTS_PER_WINDOW:
-            return None
-        is_sound = self._restore_if_broken()
         num_steps = self.budget.choose(interval_seconds, remaining)
-        if is_sound and num_steps < 1:
-            self.kept.append(replay)
+        is_sound = self._is_sound()
+        if is_sound and (num_steps < 1 or self.when == "never"):
+            if (replay := self.capture.take()) is not None:
+                self.kept.append(replay)
             return None
-        with torch.inference_mode(False), torch.enable_grad():  # the engine's caller may be under either
-            stats = self._update(view, replay, max(1, num_steps), start, is_sound)
-        if stats.steps and stats.acceptance_before is not None:
+        stats = self.train(view, max(1, num_steps))
+        if stats is not None and stats.steps:
             gain = stats.acceptance_after / stats.acceptance_before - 1 if stats.kept else 0.0
-            step_seconds = self.step_seconds / stats.steps
-            fixed = stats.seconds - self.step_seconds
-            self.budget.record(stats.steps, step_seconds, fixed, gain, rollout_seconds, remaining)
+            costs = self.step_seconds / stats.steps, stats.seconds - self.step_seconds
+            self.budget.record(stats.steps, *costs, gain, rollout_seconds, remaining)
+        return stats
+
+    def train(self, view: PolicyView, num_steps: int) -> RetrainStats | None:
+        """So many optimizer steps on the last rollouts, validated; None if there is nothing to learn from."""
+        start = time.perf_counter()
+        # a drafter that was benched has seen nothing of the last rollouts
+        replay = self.capture.take() or (self.kept.pop() if self.kept else None)
+        if replay is None or int(replay.num_starts_R.sum()) < STARTS_PER_WINDOW:
+            return None
+        is_sound = self._is_sound()
+        if not is_sound:
+            self.drafter.head.load_state_dict(self.good_head)
+            self.optimizer = self._new_optimizer()
+        with torch.inference_mode(False), torch.enable_grad():  # the engine's caller may be under either
+            stats = self._update(view, replay, num_steps, start, is_sound)
+        if stats.steps:
+            self.budget.step_seconds = self.budget.step_seconds or self.step_seconds / stats.steps
         self.totals = RetrainStats.total([self.totals, stats])
         return stats
 
@@ -157,7 +169,7 @@ class Retrainer:
             self.optimizer.step()
         finally:
             head.requires_grad_(False)
-        return all(p.isfinite().all() for p in head.parameters())
+        return self._is_sound()
 
     def _split(self, replay: Replay) -> tuple[Replay, Replay]:
         """Completions to learn from, and those held out from this update."""
@@ -180,13 +192,8 @@ class Retrainer:
             self.drift_reference = tokens
         return tokens < self.drift_reference * (1 - DRIFT)
 
-    def _restore_if_broken(self) -> bool:
-        """A head whose weights are not finite gets back the last that were; returns whether it was sound."""
-        if all(p.isfinite().all() for p in self.drafter.head.parameters()):
-            return True
-        self.drafter.head.load_state_dict(self.good_head)
-        self.optimizer = self._new_optimizer()
-        return False
+    def _is_sound(self) -> bool:
+        return all(p.isfinite().all() for p in self.drafter.head.parameters())
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         parameters = self.drafter.head.parameters()
