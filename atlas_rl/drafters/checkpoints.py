@@ -2,9 +2,9 @@
 
 EAGLE-3 heads are written as other engines read them, in one of two layouts, and read in either:
 
-- `specforge` (SpecForge, SGLang, the EAGLE authors): `LlamaForCausalLMEagle3`, tensors `midlayer.*`. The layer ids in `eagle_config`
-  are of layers whose OUTPUT is read: SpecForge's default is [1, L // 2 − 1, L − 4] (`resolve_eagle_capture_layers`), and SGLang
-  adds one to get the layer whose input that is (`set_eagle3_layers_to_capture`).
+- `specforge` (SpecForge, SGLang, the EAGLE authors): `LlamaForCausalLMEagle3`, tensors `midlayer.*`. The layer ids in
+  `eagle_config` are of layers whose OUTPUT is read: SpecForge's default is [1, L // 2 − 1, L − 4]
+  (`resolve_eagle_capture_layers`), and SGLang adds one to get the layer whose input that is (`set_eagle3_layers_to_capture`).
 - `speculators` (vllm-project/speculators): `Eagle3DraftModel`, tensors `layers.0.*`. The layer ids are vLLM's, of layers whose
   INPUT is read, one higher: the default is [2, L // 2, L − 3] (`resolve_target_layer_ids` in speculators/models/utils.py;
   `aux_hidden_state_layers` in vLLM's models). vLLM looks for them at the top level of config.json
