@@ -155,6 +155,12 @@ class PolicyView:
             logits_NV = self.twin.get_output_embeddings()(hidden_ND)
         return scale_logits(logits_NV, self.model.config)
 
+    @property
+    def scales_logits(self) -> bool:
+        """Whether logits are more than the output head's product."""
+        probe = torch.linspace(-2, 3, 8)
+        return not torch.equal(scale_logits(probe, self.model.config), probe)
+
     def packed_linears(self) -> list[PackedLinear]:
         """The packed products of one forward, in order, head included: what a bench times by themselves."""
         return [module for module in self._copies() if isinstance(module, PackedLinear)]

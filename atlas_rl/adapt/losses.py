@@ -1,0 +1,164 @@
+"""What a draft head is trained on: the acceptance of its guesses.
+
+A guess is accepted with probability alpha = sum_v min(p_v, q_v) = 1 - TV(p, q) at best, p the policy's distribution and q the
+drafter's. Its gradient is weak where p and q are far apart, that of KL(p‖q) is strong there but goes on fitting what is never
+accepted. The LK hybrid (arXiv 2602.23881) goes from the one to the other as guesses become right:
+
+    loss = lambda KL(p‖q) + (1 - lambda) TV(p, q),      lambda = exp(-3 alpha), held constant
+
+Shapes: B, W, S, K, D as in `drafters.heads`, V vocabulary of the drafter, F of the policy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from atlas_rl.drafters.heads import DraftHead, Windows
+from atlas_rl.engine.twin import scale_logits
+
+DEPTH_DECAY = 0.8
+"""Weight of a depth over the one before it: a guess counts only where all before it were right."""
+LAMBDA_DECAY = 3.0
+MAX_LOGITS = {"cpu": 2**18, "cuda": 2**26}
+"""Made at once (one window's at least), by kind of device."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyEnds:
+    """The policy's embedding and output head as constants, through which gradients flow: packed products give none."""
+
+    embedding_VD: torch.Tensor
+    weight_VD: torch.Tensor
+    bias_V: torch.Tensor | None
+    config: Any
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> PolicyEnds:
+        """Live: they share the model's memory (unless it was made under inference mode, which autograd does not take)."""
+        head = model.get_output_embeddings()
+
+        def constant(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
+
+        return cls(
+            embedding_VD=constant(model.get_input_embeddings().weight),
+            weight_VD=constant(head.weight),
+            bias_V=None if getattr(head, "bias", None) is None else constant(head.bias),
+            config=model.config,
+        )
+
+    def logits(self, states: torch.Tensor, vocab_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Float32 (or 64) logits of states [..., D], over all tokens or those of a draft vocabulary."""
+        weight_VD, bias_V = self.weight_VD, self.bias_V
+        if vocab_ids is not None:
+            weight_VD, bias_V = weight_VD[vocab_ids], None if bias_V is None else bias_V[vocab_ids]
+        logits = scale_logits(F.linear(states.to(weight_VD.dtype), weight_VD, bias_V), self.config)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def lk_hybrid(
+    draft_logits: torch.Tensor, target_logits: torch.Tensor, vocab_ids: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss [...] and acceptance [...] of guesses; the loss has gradients to the draft logits alone, the acceptance none.
+
+    Args:
+        draft_logits: [..., V]. target_logits: [..., F]; F = V without a draft vocabulary.
+        vocab_ids: [V] the policy's id of each token of the draft vocabulary. KL then fits q to p as it is within the vocabulary,
+            and what p has outside counts as not accepted.
+    """
+    p, log_p = _distribution(target_logits.detach())
+    in_vocab = (p, log_p) if vocab_ids is None else _distribution(log_p[..., vocab_ids])
+    p = p if vocab_ids is None else p[..., vocab_ids]
+    negative_entropy = (in_vocab[0] * in_vocab[1]).sum(-1)
+    return _Hybrid.apply(draft_logits, p, in_vocab[0], negative_entropy)
+
+
+def unrolled_loss(
+    head: DraftHead,
+    windows: Windows,
+    depth: int,
+    ends: PolicyEnds,
+    *,
+    temperature: float = 1.0,
+    vocab_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of a batch of windows, and its acceptance by depth [K] (NaN where no draft is as long).
+
+    Logits, and the gradients through them, are made a few windows at a time: all at once they would take the most memory by far,
+    and more time, as they would not stay in a CPU's caches.
+    """
+    states_BSKD = head.unroll(windows, depth, ends.embedding_VD)
+    complete_BSK = windows.is_complete(depth)
+    counts_K = complete_BSK.sum((0, 1))
+    depth_weights_K = DEPTH_DECAY ** torch.arange(depth, device=counts_K.device) / counts_K
+    loss, grads_BSKD = states_BSKD.new_zeros(()), torch.zeros_like(states_BSKD)
+    alpha_K = torch.zeros_like(depth_weights_K)
+    max_logits = MAX_LOGITS.get(states_BSKD.device.type, MAX_LOGITS["cuda"])
+    step = max(1, max_logits // (complete_BSK[0].numel() * len(ends.weight_VD)))
+    for start in range(0, len(windows), step):
+        part = slice(start, start + step)
+        row_N, start_N, depth_N = complete_BSK[part].nonzero(as_tuple=True)
+        with torch.no_grad():
+            target_logits = ends.logits(windows.hidden_BWD[part])[row_N, start_N + depth_N + 1]
+        states = states_BSKD.detach()[part].requires_grad_(states_BSKD.requires_grad)
+        draft_logits = ends.logits(states[row_N, start_N, depth_N], vocab_ids)
+        if temperature != 1:
+            draft_logits, target_logits = draft_logits / temperature, target_logits / temperature
+        losses_N, alpha_N = lk_hybrid(draft_logits, target_logits, vocab_ids)
+        part_loss = (losses_N * depth_weights_K[depth_N]).sum()
+        if states.requires_grad:
+            (grads_BSKD[part],) = torch.autograd.grad(part_loss, states)
+        loss += part_loss.detach()
+        alpha_K.index_add_(0, depth_N, alpha_N.to(alpha_K.dtype))
+    return _WithGradient.apply(states_BSKD, loss, grads_BSKD), alpha_K / counts_K
+
+
+def _distribution(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    log_p = logits.log_softmax(-1)
+    return log_p.exp(), log_p
+
+
+class _WithGradient(torch.autograd.Function):
+    """A loss whose gradient is known already."""
+
+    @staticmethod
+    def forward(ctx, states, loss, grads):
+        ctx.save_for_backward(grads)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        return ctx.saved_tensors[0] * grad_loss, None, None
+
+
+class _Hybrid(torch.autograd.Function):
+    """With its gradient by hand: autograd's passes over the vocabulary would take longer than all products of a small head.
+
+    d KL / d logits = q - p'                 p' is p renormalised to the draft vocabulary
+    d TV / d logits = q (sum(r) - 1[q < p])  r = q where q < p, else 0
+    """
+
+    @staticmethod
+    def forward(ctx, draft_logits, p, p_in_vocab, negative_entropy):
+        log_q = draft_logits.log_softmax(-1)
+        kl = negative_entropy - (p_in_vocab * log_q).sum(-1)
+        q = log_q.exp_()
+        alpha = torch.minimum(p, q).sum(-1)
+        lam = torch.exp(-LAMBDA_DECAY * alpha)
+        loss = lam * kl + (1 - lam) * (1 - alpha)
+        if ctx.needs_input_grad[0]:
+            r = q.clone().lt_(p).mul_(q)
+            lam, rest = lam[..., None], (1 - lam)[..., None]
+            grad = q.mul_(lam + rest * r.sum(-1, keepdim=True)).sub_(r.mul_(rest)).sub_(p_in_vocab * lam)
+            ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(alpha)
+        return loss, alpha
+
+    @staticmethod
+    def backward(ctx, grad_loss, grad_alpha):
+        return ctx.saved_tensors[0] * grad_loss[..., None], None, None, None
