@@ -13,6 +13,7 @@ from atlas_rl.drafters.base import Drafts
 from atlas_rl.drafters.eagle import EagleDrafter, EagleHead
 from atlas_rl.drafters.eagle_head import default_layers
 from atlas_rl.drafters.heads import Windows
+from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.types import Rollout, SamplingParams
 
 LAYERS = (0, 1, 2)
@@ -25,11 +26,7 @@ def make_policy(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
 
 
 def make_head(policy: LlamaForCausalLM, **options) -> EagleHead:
-    torch.manual_seed(1)
-    head = EagleHead.for_policy(policy.config, LAYERS, **options)
-    for parameter in head.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
+    head = EagleHead.for_policy(PolicyView(policy), torch.Generator().manual_seed(1), LAYERS, **options)
     return head.to(policy.dtype)
 
 
