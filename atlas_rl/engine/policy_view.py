@@ -84,7 +84,7 @@ class PolicyView:
         elif pack_linears and self.device.type == "cpu" and self.compute_dtype == torch.float32:
             self.fused = FusedDecoder.of(self.twin)
             if self.fused is None:
-                self._replace(is_linear, PackedLinear)
+                self._replace(PackedLinear.fits, PackedLinear)
                 self._replace(FastRMSNorm.fits, FastRMSNorm)
             else:
                 self.twin.set_output_embeddings(PackedLinear(self.twin.get_output_embeddings()))
