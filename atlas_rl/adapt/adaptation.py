@@ -109,7 +109,9 @@ class Adaptation:
 
     def _adopt(self, engine: RolloutEngine) -> None:
         """The head is made: it goes on as the adaptive drafter, and a frozen copy of it as the static one."""
-        logger.info("a static drafter was distilled from the policy's own rollouts in %.1f s", self.retrainer.totals.seconds)
+        logger.info(
+            "a static drafter was distilled from the policy's own rollouts in %.1f s", self.retrainer.totals.seconds
+        )
         weights = copy.deepcopy(self.drafters.adaptive.head.state_dict())
         for drafter in self.drafters.of_new_head:
             drafter.head.load_state_dict(weights)

@@ -94,6 +94,12 @@ def load_head(folder: str | Path) -> DraftHead:
     return head
 
 
+def is_head(folder: str | Path) -> bool:
+    """Whether a folder holds a draft head, and not a language model, as far as its config tells."""
+    config = _read_config(Path(folder))
+    return "atlas_kind" in config or _is_eagle(config)
+
+
 # ---- EAGLE-3, written --------------------------------------------------------------------------------------------------------
 
 
