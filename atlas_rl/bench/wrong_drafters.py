@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from atlas_rl.drafters.base import DraftRow, Drafts
+from atlas_rl.drafters.base import Drafter, DraftRow, Drafts
 
 
-class WrongDrafter:
+class WrongDrafter(Drafter):
     """Follows the protocol strictly (it asserts that the engine does) and learns nothing; subclasses propose for one row."""
 
     name = "wrong"
@@ -25,7 +25,7 @@ class WrongDrafter:
             assert row.row_id not in self.rows, "admitted twice"
             self.rows[row.row_id] = row
 
-    def propose(self, rows: Sequence[DraftRow], max_lens: np.ndarray) -> Drafts:
+    def propose(self, rows: Sequence[DraftRow], max_lens: np.ndarray, min_prob: float = 0.0) -> Drafts:
         assert all(row.row_id in self.rows for row in rows), "a row that was never admitted"
         drafts = Drafts(np.zeros((len(rows), max_lens.max()), np.int64), np.zeros((len(rows), max_lens.max())))
         for index, (row, max_len) in enumerate(zip(rows, max_lens.tolist(), strict=True)):

@@ -82,6 +82,25 @@ class StepCost:
         self.medians = np.minimum.accumulate(medians[::-1])[::-1].tolist()
 
 
+class DraftCost:
+    """Seconds that one drafter takes per step, by batch size and depth of the drafts."""
+
+    def __init__(self) -> None:
+        self.by_size: dict[int, StepCost] = {}
+
+    def record(self, num_rows: int, depth: int, seconds: float) -> None:
+        self.by_size.setdefault((num_rows - 1).bit_length(), StepCost()).record(depth, 0, seconds)
+
+    def seconds(self, num_rows: int, depths: np.ndarray) -> np.ndarray | None:
+        """At the nearest measured size, smaller before larger; None before there is any."""
+        size = (num_rows - 1).bit_length()
+        for measured in sorted(self.by_size, key=lambda other: (abs(other - size), other)):
+            seconds = self.by_size[measured].seconds(depths)
+            if seconds is not None:
+                return seconds * (2.0 ** max(0, size - measured))
+        return None
+
+
 class FixedStepCost:
     """A step cost that never looks at a clock, for deterministic runs: 16 more tokens cost as much as the step itself."""
 

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from atlas_rl.config import AtlasConfig
 from atlas_rl.drafters.base import Drafter
 from atlas_rl.drafters.suffix import SuffixDrafter
 
 logger = logging.getLogger(__name__)
+
+
+TEXTUAL = ("suffix",)
+"""Drafters that look at tokens alone, and go together with a neural one."""
+
+
+def arms_of(drafters: Sequence[Drafter]) -> list[tuple[str, ...]]:
+    """Each drafter by itself, and each neural one together with the textual ones."""
+    names = [drafter.name for drafter in drafters]
+    textual = [name for name in names if name in TEXTUAL]
+    together = [(name, *textual) for name in names if name not in TEXTUAL] if textual else []
+    return [(name,) for name in names] + together
 
 
 def build_drafter(config: AtlasConfig) -> Drafter | None:

@@ -25,7 +25,7 @@ class DraftRow(Protocol):
     num_computed: int
     """Tokens of prompt and completion that the policy has computed: all but the last, while the row decodes."""
     block_table: list[int]
-    """Blocks of the row's KV: position p is in block_table[p // block_size], which siblings may share for whole blocks of prompt."""
+    """Blocks of the row's KV: position p is in block_table[p // block_size]; siblings share whole blocks of prompt."""
     prompt_ids: tuple[int, ...]
     output_ids: list[int]
     """The completion so far; the engine appends to it, drafters only read."""
@@ -50,8 +50,8 @@ class Drafts(NamedTuple):
 
 
 class Drafter:
-    """What the engine calls, in this order: `wake` as a rollout begins; after a prefill forward `prefilled`, `copy_blocks`, `admit`
-    and `started`; then `propose`, `verified` and `observe` for each decode step; `release` for rows that leave; `sleep` at the end.
+    """What the engine calls, in this order: `wake` as a rollout begins; after a prefill forward `prefilled`, `copy_blocks`,
+    `admit` and `started`; then `propose`, `verified` and `observe` for each decode step; `release` for rows that leave; `sleep`.
 
     A drafter is not asked at every step. `verified` is called at every one, `observe` at the latest before the next `propose` and
     before a row leaves. Only `name` and `propose` have to be given.

@@ -24,7 +24,7 @@ from typing import ClassVar
 import numpy as np
 
 from atlas_kernels.native import Library
-from atlas_rl.drafters.base import DraftRow, Drafts
+from atlas_rl.drafters.base import Drafter, DraftRow, Drafts
 
 LIBRARY = Library(
     Path(__file__).with_suffix(".cpp"),
@@ -44,7 +44,7 @@ CONTEXT = 8
 MAX_DRAFT = 32
 
 
-class SuffixDrafter:
+class SuffixDrafter(Drafter):
     """Memory: 32 bytes for each of 2^`log2_entries` contexts; a token adds nine contexts or finds them known.
 
     Args:
@@ -98,7 +98,7 @@ class SuffixDrafter:
             )
             self.num_learned[row.row_id] = position
 
-    def propose(self, rows: Sequence[DraftRow], max_lens: np.ndarray) -> Drafts:
+    def propose(self, rows: Sequence[DraftRow], max_lens: np.ndarray, min_prob: float = 0.0) -> Drafts:
         slots = np.array([self.slots[row.row_id] for row in rows], np.int64)
         width = min(MAX_DRAFT, int(max_lens.max()))
         tokens, probs = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width))
@@ -109,7 +109,7 @@ class SuffixDrafter:
             max_lens.ctypes.data,
             len(rows),
             width,
-            self.floor,
+            max(self.floor, min_prob),
             tokens.ctypes.data,
             probs.ctypes.data,
         )

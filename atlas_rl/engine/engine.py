@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 
 from atlas_rl.config import AtlasConfig
+from atlas_rl.control.controller import Controller
 from atlas_rl.control.cost_model import FixedStepCost, StepCost
+from atlas_rl.drafters import arms_of
 from atlas_rl.drafters.base import Drafter
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.kv_cache import BlockPool, KVCache
@@ -37,18 +40,21 @@ class RolloutEngine:
     batch, the schedule or the page layout.
     """
 
-    def __init__(self, view: PolicyView, config: AtlasConfig | None = None, drafter: Drafter | None = None) -> None:
+    def __init__(
+        self, view: PolicyView, config: AtlasConfig | None = None, drafters: Drafter | Iterable[Drafter] | None = None
+    ) -> None:
+        """Raises ValueError if a drafter was made for another policy."""
+        drafters = [drafters] if isinstance(drafters, Drafter) else list(drafters or ())
         self.view = view
         self.config = config or AtlasConfig()
         self.step_cost = StepCost()
-        decision_cost = FixedStepCost() if self.config.deterministic else self.step_cost
-        self.speculator = Speculator(
-            drafter,
-            lookahead=self.config.lookahead,
-            step_seconds=decision_cost.seconds,
-            vocab_size=view.vocab_size,
-            count_draft_seconds=not self.config.deterministic,
+        self.controller = Controller(
+            arms_of(drafters),
+            FixedStepCost() if self.config.deterministic else self.step_cost,
+            deterministic=self.config.deterministic,
+            may_decode_plainly=self.config.lookahead is None,
         )
+        self.speculator = Speculator(drafters, self.controller, view, lookahead=self.config.lookahead)
         self.stats = RolloutStats()
         """Figures of the last rollout, also of one that was interrupted."""
         self.scheduler: Scheduler | None = None
@@ -89,14 +95,14 @@ class RolloutEngine:
         try:
             self.refresh()
             self.stats.seconds["refresh"] = time.perf_counter() - start
-            self.wake(groups)
+            self.wake(groups, sampling)
             while not self.scheduler.is_done:
                 self._step(sampling)
         finally:
             self._finish(sequences, start)
         return [seq.to_rollout() for seq in sequences]
 
-    def wake(self, groups: list[PromptGroup]) -> None:
+    def wake(self, groups: list[PromptGroup], sampling: SamplingParams) -> None:
         """Take KV memory for these groups: what they can need at most, within the configured bound."""
         config = self.config.engine
         shape = self.view.kv_shape(config.block_size)
@@ -107,21 +113,24 @@ class RolloutEngine:
         )
         for group in groups:
             self.scheduler.add(group)
+        self.speculator.wake(sampling, num_blocks, config.block_size)
 
     def sleep(self) -> None:
         """Give the KV memory back. Nothing of it outlives a rollout, so no policy update can leave it stale."""
         self.runner = None
         self.scheduler = None
+        self.speculator.sleep()
 
     def _step(self, sampling: SamplingParams) -> None:
         chunks = self.scheduler.next_prefill()
         if chunks:
             start = time.perf_counter()
-            self.runner.prefill(chunks)
+            batch = self.runner.prefill(chunks)
             started, copies = self.scheduler.commit_prefill(chunks)
+            self.speculator.prefilled(batch, chunks, copies)
             self.runner.kv_cache.copy_blocks(copies)
+            self.speculator.admit(started, batch, chunks)
             self.stats.seconds["prefill"] += time.perf_counter() - start
-            self.speculator.admit(started)
         else:
             self._decode(sampling)
 
@@ -141,7 +150,7 @@ class RolloutEngine:
         accepted = count_accepted(tokens, batch.input_ids, batch.query_lens)
         finished, num_accepted = self._commit(sequences, batch.query_lens, tokens, logprobs, accepted, sampling)
         sampled = time.perf_counter()
-        self.speculator.observe(sequences, [len(draft) for draft in drafts], num_accepted, self.stats)
+        self.speculator.observe(sequences, batch, accepted, num_accepted, self.stats)
         self.speculator.release(finished, finished=True)
         self.scheduler.retire(finished)
 
@@ -164,7 +173,7 @@ class RolloutEngine:
         if num_tokens > num_rows and estimates is not None:
             scale = min(1.0, estimates[0] / estimates[1])
         self.plain_decode_seconds += seconds * scale * num_emitted / num_rows
-        self.speculator.settle(num_rows, seconds + drafting, num_emitted / num_rows)
+        self.speculator.settle(num_rows, seconds + drafting)
 
     def _sample(
         self, sampling: SamplingParams, sequences: list[Sequence], batch: ForwardBatch, hidden_ND: torch.Tensor
@@ -233,7 +242,7 @@ class RolloutEngine:
             stats.kv_peak_bytes = self.scheduler.pool.peak_used * self.runner.kv_cache.shape.block_bytes
         self.sleep()
         stats.seconds["total"] = time.perf_counter() - start
-        if self.speculator.drafter is not None:
+        if self.speculator.drafters:
             stats.plain_seconds_estimate = (
                 stats.seconds["prefill"] + stats.seconds["refresh"] + self.plain_decode_seconds
             )

@@ -17,7 +17,8 @@ class ModelRunner:
         self.kv_cache = kv_cache
 
     def prefill(self, chunks: list[PrefillChunk]) -> ForwardBatch | None:
-        """Write the KV of prefix chunks, a row for each that is not empty. No logits: the last prompt token is decoded by each sequence itself."""
+        """Write the KV of prefix chunks, a row for each that is not empty; None if all are. No logits: the last prompt token is
+        decoded by each sequence itself."""
         chunks = [c for c in chunks if c.end > c.start]
         if not chunks:
             return None

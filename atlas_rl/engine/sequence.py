@@ -97,6 +97,10 @@ class PromptGroup:
         assert all(s.prompt_ids == first.prompt_ids and s.output_ids == first.output_ids for s in sequences[1:])
         return cls(sequences, [*first.prompt_ids, *first.output_ids][:-1])
 
+    def token_after(self, num_tokens: int) -> int:
+        """The token that follows so many of the prefix."""
+        return self.prefix_ids[num_tokens] if num_tokens < len(self.prefix_ids) else self.sequences[0].last_token
+
     @property
     def is_prefilled(self) -> bool:
         return self.num_computed == len(self.prefix_ids)

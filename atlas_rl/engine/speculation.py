@@ -1,21 +1,24 @@
-"""The engine's side of speculation: asks a drafter, decides what to verify, keeps its counts, benches it when it fails."""
+"""The engine's side of speculation: asks drafters, decides what to verify, keeps their counts, benches one that fails."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Sequence as Rows
 from typing import Any
 
 import numpy as np
 
+from atlas_rl.control.controller import PLAIN, Arm, Controller
 from atlas_rl.control.lookahead import choose_draft_lens
-from atlas_rl.control.payoff import Payoff
 from atlas_rl.control.trust import Trust
 from atlas_rl.drafters.base import Drafter, Drafts
-from atlas_rl.engine.scheduler import Scheduler
+from atlas_rl.engine.batch import ForwardBatch
+from atlas_rl.engine.policy_view import PolicyView
+from atlas_rl.engine.scheduler import PrefillChunk, Scheduler
 from atlas_rl.engine.sequence import Sequence
 from atlas_rl.telemetry.stats import DrafterStats, RolloutStats
+from atlas_rl.types import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -24,143 +27,230 @@ MAX_DRAFT_LEN = 16
 
 
 class Speculator:
-    """Wraps one drafter, or none. Its methods never raise for a drafter's fault: the rollout goes on without it."""
+    """Wraps any number of drafters. Its methods never raise for a drafter's fault: the rollout goes on without it."""
 
     def __init__(
-        self,
-        drafter: Drafter | None,
-        *,
-        lookahead: int | None,
-        step_seconds: Callable[[np.ndarray, int], np.ndarray | None],
-        vocab_size: int,
-        count_draft_seconds: bool = True,
+        self, drafters: Rows[Drafter], controller: Controller, view: PolicyView, *, lookahead: int | None = None
     ) -> None:
-        self.drafter = drafter
+        """Raises ValueError if a drafter was made for another policy."""
+        self.drafters = {drafter.name: drafter for drafter in drafters}
+        assert len(self.drafters) == len(drafters), "drafters' names are unique"
+        self.controller = controller
         self.lookahead = lookahead
-        self.step_seconds = step_seconds
-        self.vocab_size = vocab_size
-        self.count_draft_seconds = count_draft_seconds
-        self.trust = Trust()
-        self.draft_seconds = 0.0
-        """Decayed seconds that proposing and observing cost per step."""
-        self.expected = 0.0
-        """Accepted tokens that the current step's drafts promise."""
-        self.payoff = Payoff()
-        self.asked = False
-        """Whether the drafter is asked in the current step."""
-        self.has_backlog = False
-        """Whether rows have emitted tokens that the drafter has not been told of, because it is not asked."""
+        self.vocab_size = view.vocab_size
+        self.trust = {name: Trust() for name in self.drafters}
+        self.arm: Arm = PLAIN
+        """Of the current step."""
+        self.sources = np.zeros(0, np.int64)
+        """[R] which of the arm's drafters each row's draft of the current step is from."""
+        self.expected = np.zeros(0)
+        """Accepted tokens that the current step's drafts promise, by drafter of the arm."""
+        self.behind: set[str] = set()
+        """Drafters that have not been told of all that rows have emitted, because they are not asked."""
+        for drafter in drafters:
+            drafter.bind(view)
+        view.tap({layer for drafter in drafters for layer in drafter.layers or ()})
 
     @property
-    def follows_clocks(self) -> bool:
-        return self.lookahead is None and self.count_draft_seconds
+    def active(self) -> list[Drafter]:
+        return [d for name, d in self.drafters.items() if name not in self.controller.benched]
 
-    def admit(self, sequences: list[Sequence]) -> None:
-        if sequences:
-            self._call("admit", sequences)
+    @property
+    def readers(self) -> list[Drafter]:
+        """Drafters that look at hidden states."""
+        return [drafter for drafter in self.active if drafter.layers is not None]
+
+    # ---- the life of a rollout -------------------------------------------------------------------------------------------
+
+    def wake(self, sampling: SamplingParams, num_blocks: int, block_size: int) -> None:
+        self.behind.clear()
+        for drafter in self.active:
+            self._call(drafter, "wake", sampling, num_blocks, block_size)
+
+    def sleep(self) -> None:
+        for drafter in self.active:
+            self._call(drafter, "sleep")
+
+    def prefilled(self, batch: ForwardBatch | None, chunks: list[PrefillChunk], copies: list[tuple[int, int]]) -> None:
+        """After a prefill forward, before the engine copies blocks of its own cache."""
+        if batch is not None and self.readers:
+            following = [c.group.token_after(c.end) for c in chunks if c.end > c.start]
+            for drafter in self.readers:
+                self._call(drafter, "prefilled", batch, np.array(following, np.int64))
+        for drafter in self.active:
+            if drafter.uses_blocks:
+                self._call(drafter, "copy_blocks", copies)
+
+    def admit(self, sequences: list[Sequence], batch: ForwardBatch | None, chunks: list[PrefillChunk]) -> None:
+        """Rows start to decode, some of them siblings over the same prefix, of which the last part may be in `batch`."""
+        if not sequences:
+            return
+        for drafter in self.active:
+            self._call(drafter, "admit", sequences)
+        if not self.readers:
+            return
+        ends = np.cumsum([c.end - c.start for c in chunks]) - 1
+        places = {
+            seq.row_id: end
+            for chunk, end in zip(chunks, ends.tolist(), strict=True)
+            for seq in chunk.group.sequences
+            if chunk.end > chunk.start
+        }
+        at = np.array([places.get(seq.row_id, -1) for seq in sequences], np.int64)
+        for drafter in self.readers:
+            self._call(drafter, "started", sequences, batch, at)
 
     def release(self, sequences: list[Sequence], finished: bool) -> None:
         if sequences:
-            self._call("release", sequences, finished)
+            for drafter in self.active:
+                self._call(drafter, "release", sequences, finished)
 
     def policy_updated(self) -> None:
-        self._call("policy_updated")
+        self.controller.policy_updated()
+        for drafter in self.active:
+            self._call(drafter, "policy_updated")
+
+    # ---- one step --------------------------------------------------------------------------------------------------------
 
     def draft(self, scheduler: Scheduler, stats: RolloutStats) -> list[list[int]]:
         """Draft tokens to verify for each running sequence, with blocks reserved for them."""
         sequences = scheduler.running
         nothing: list[list[int]] = [[] for _ in sequences]
-        self.expected = 0.0
-        if self.drafter is None:
-            return nothing
-        self.asked = not self.follows_clocks or self.payoff.should_ask(len(sequences))
-        if not self.asked:
+        self.arm, self.expected = PLAIN, np.zeros(1)
+        if not self.drafters:
             return nothing
         start = time.perf_counter()
-        longest = MAX_DRAFT_LEN if self.lookahead is None else self.lookahead
         # a row's last token needs no draft after it: K drafts emit up to K + 1 tokens
+        longest = MAX_DRAFT_LEN if self.lookahead is None else self.lookahead
         max_lens = np.minimum(longest, np.array([seq.num_remaining for seq in sequences]) - 1)
-        if not max_lens.any():
+        num_cached = sum(seq.num_computed for seq in sequences)
+        if max_lens.any():
+            self.arm = self.controller.choose(len(sequences), num_cached)
+        stats.arms["+".join(self.arm) or "plain"] += 1
+        if self.arm == PLAIN:
             return nothing
-        if self.has_backlog:
-            nobody = [0] * len(sequences)
-            self._call("observe", sequences, nobody, nobody)
-            self.has_backlog = False
-        drafts = self._call("propose", sequences, max_lens)
-        drafts = None if drafts is None else self._checked(drafts, max_lens)
-        if drafts is None:
+        proposals = self._propose(scheduler, max_lens, num_cached)
+        if not proposals:
+            self.arm = PLAIN
             return nothing
-        if self.lookahead is not None:
-            lens = drafts.lens
-        else:
-            cost = self.draft_seconds if self.count_draft_seconds else 0.0
-            num_cached = sum(seq.num_computed for seq in sequences)
-            lens = choose_draft_lens(
-                drafts.probs * self.trust.factor, lambda num_tokens: self.step_seconds(num_tokens, num_cached), cost
-            )
+        drafts = self._combine(proposals)
+        lens = drafts.lens
+        if self.lookahead is None:
+            lens = choose_draft_lens(drafts.probs, lambda n: self.controller.step_cost.seconds(n, num_cached))
         chosen = nothing
         for row in np.flatnonzero(lens).tolist():
             fitting = scheduler.reserve_draft(sequences[row], int(lens[row]))
             chosen[row] = drafts.token_ids[row, :fitting].tolist()
-            self.expected += float(drafts.probs[row, :fitting].sum())
-        self._count_seconds(start, stats)
+        promised = np.where(np.arange(drafts.probs.shape[1]) < lens[:, None], drafts.probs, 0.0).sum(1)
+        self.expected = np.bincount(self.sources, weights=promised, minlength=len(self.arm))
+        stats.seconds["draft"] += time.perf_counter() - start
         return chosen
 
     def observe(
-        self, sequences: list[Sequence], num_drafted: list[int], num_accepted: list[int], stats: RolloutStats
+        self,
+        sequences: list[Sequence],
+        batch: ForwardBatch,
+        num_right: np.ndarray,
+        num_accepted: list[int],
+        stats: RolloutStats,
     ) -> None:
-        """Report a step to the drafter and count its drafts."""
-        if self.drafter is None:
+        """Report a step to the drafters and count its drafts."""
+        if not self.drafters:
             return
         start = time.perf_counter()
-        total_drafted = sum(num_drafted)
-        if total_drafted:
-            self.trust.record(sum(num_accepted), self.expected)
-            self._count(num_drafted, num_accepted, total_drafted, stats)
-        else:
-            self.trust.idle()
-        if (
-            not self.asked
-        ):  # what is emitted meanwhile is told in one go, before a row leaves or drafts are asked for again
-            self.has_backlog = True
-            sequences = [seq for seq in sequences if seq.finish_reason is not None]
-            num_drafted = num_accepted = [0] * len(sequences)
-        if sequences:
-            self._call("observe", sequences, num_drafted, num_accepted)
-        self._count_seconds(start, stats)
-        self.draft_seconds *= 0.95
+        for drafter in self.readers:
+            self._call(drafter, "verified", sequences, batch, num_right)
+        drafted, accepted = batch.query_lens - 1, np.array(num_accepted)
+        if drafted.any():
+            self._count(drafted, accepted, stats)
+        finished = [seq for seq in sequences if seq.finish_reason is not None]
+        for drafter in self.active:
+            if drafter.name in self.arm:
+                mine = self.sources == self.arm.index(drafter.name)
+                counts = np.where(mine, drafted, 0).tolist(), np.where(mine, accepted, 0).tolist()
+                self._call(drafter, "observe", sequences, *counts)
+            else:  # told in one go, before it is asked again or a row leaves
+                self.behind.add(drafter.name)
+                if finished:
+                    self._call(drafter, "observe", finished, [0] * len(finished), [0] * len(finished))
+        stats.seconds["draft"] += time.perf_counter() - start
 
-    def settle(self, num_rows: int, seconds: float, tokens_per_row: float) -> None:
-        """A step is over, drafting and observing included."""
-        if self.drafter is not None and self.follows_clocks:
-            self.payoff.record(num_rows, self.asked, seconds, tokens_per_row)
+    def settle(self, num_rows: int, seconds: float) -> None:
+        """A step is over, and took so long, drafting and observing included.
 
-    def _count(self, num_drafted: list[int], num_accepted: list[int], total_drafted: int, stats: RolloutStats) -> None:
-        depths = range(max(num_drafted))
-        stats.add_depths(
-            [sum(n > depth for n in num_drafted) for depth in depths],
-            [sum(n > depth for n in num_accepted) for depth in depths],
-        )
-        counts = stats.drafters.setdefault(self.drafter.name, DrafterStats())
-        counts.steps += 1
-        counts.proposed += total_drafted
-        counts.accepted += sum(num_accepted)
+        What it emitted is taken from what drafts promised, as far as their drafter keeps its promises: that varies less than
+        what single steps emit.
+        """
+        if self.drafters:
+            kept = sum(self.trust[name].factor * e for name, e in zip(self.arm, self.expected))
+            self.controller.record(self.arm, num_rows, seconds, 1 + kept / num_rows)
 
-    def _count_seconds(self, start: float, stats: RolloutStats) -> None:
-        seconds = time.perf_counter() - start
-        stats.seconds["draft"] += seconds
-        self.draft_seconds += 0.05 * seconds
+    # ---- parts of a step -------------------------------------------------------------------------------------------------
 
-    def _call(self, method: str, *args: Any) -> Any:
-        if self.drafter is None:
+    def _propose(self, scheduler: Scheduler, max_lens: np.ndarray, num_cached: int) -> list[Drafts]:
+        """The arm's drafts; a drafter that fails leaves the arm."""
+        sequences, proposals, names = scheduler.running, [], []
+        min_prob = self.controller.min_prob(self.arm, len(sequences), num_cached) if self.lookahead is None else 0.0
+        for name in self.arm:
+            drafter, start, wanted = self.drafters[name], time.perf_counter(), max_lens
+            if drafter.uses_blocks:
+                wanted = np.array([scheduler.reserve_draft(s, n) for s, n in zip(sequences, max_lens.tolist())])
+            if name in self.behind:
+                nobody = [0] * len(sequences)
+                self._call(drafter, "observe", sequences, nobody, nobody)
+                self.behind.discard(name)
+            drafts = self._call(drafter, "propose", sequences, wanted, min_prob / max(0.2, self.trust[name].factor))
+            drafts = None if drafts is None else self._checked(drafter, drafts, wanted)
+            if drafts is not None:
+                proposals.append(drafts)
+                names.append(name)
+                depth = int((drafts.probs > 0).any(0).sum())
+                self.controller.record_draft_seconds(name, len(sequences), max(1, depth), time.perf_counter() - start)
+        self.arm = tuple(names)
+        return proposals
+
+    def _combine(self, proposals: list[Drafts]) -> Drafts:
+        """For each row the draft that promises most, as far as its drafter is to be trusted."""
+        trusted = [p.probs * self.trust[name].factor for name, p in zip(self.arm, proposals, strict=True)]
+        if len(proposals) == 1:
+            self.sources = np.zeros(len(trusted[0]), np.int64)
+            return Drafts(proposals[0].token_ids, trusted[0])
+        self.sources = np.argmax([probs.sum(1) for probs in trusted], axis=0)
+        width = max(probs.shape[1] for probs in trusted)
+        padding = [((0, 0), (0, width - probs.shape[1])) for probs in trusted]
+        rows = np.arange(len(self.sources))
+        tokens = np.stack([np.pad(p.token_ids, pad) for p, pad in zip(proposals, padding, strict=True)])
+        probs = np.stack([np.pad(p, pad) for p, pad in zip(trusted, padding, strict=True)])
+        return Drafts(tokens[self.sources, rows], probs[self.sources, rows])
+
+    def _count(self, drafted: np.ndarray, accepted: np.ndarray, stats: RolloutStats) -> None:
+        depths = np.arange(drafted.max())[:, None]
+        stats.add_depths((drafted > depths).sum(1).tolist(), (accepted > depths).sum(1).tolist())
+        for index, name in enumerate(self.arm):
+            mine = self.sources == index
+            num_drafted, num_accepted = drafted[mine], accepted[mine]
+            total = int(num_drafted.sum())
+            if not total:
+                self.trust[name].idle()
+                continue
+            # what it promised was discounted already
+            self.trust[name].record(int(num_accepted.sum()), self.expected[index] / self.trust[name].factor)
+            self.controller.record_drafts(name, num_drafted, num_accepted)
+            counts = stats.drafters.setdefault(name, DrafterStats())
+            counts.steps += 1
+            counts.proposed += total
+            counts.accepted += int(num_accepted.sum())
+
+    def _call(self, drafter: Drafter, method: str, *args: Any) -> Any:
+        if drafter.name in self.controller.benched:
             return None
         try:
-            return getattr(self.drafter, method)(*args)
+            return getattr(drafter, method)(*args)
         except Exception as error:  # a drafter is never worth a rollout
-            self._bench(f"{method} raised {type(error).__name__}: {error}")
+            self._bench(drafter, f"{method} raised {type(error).__name__}: {error}")
             return None
 
-    def _checked(self, drafts: Drafts, max_lens: np.ndarray) -> Drafts | None:
+    def _checked(self, drafter: Drafter, drafts: Drafts, max_lens: np.ndarray) -> Drafts | None:
         """The drafts, cut to their limits; a drafter that proposes nonsense is benched."""
         token_ids, probs = drafts
         if not (token_ids.shape == probs.shape and token_ids.ndim == 2 and len(token_ids) == len(max_lens)):
@@ -171,9 +261,9 @@ class Speculator:
             fault = f"a token id outside the vocabulary: {token_ids.min()} … {token_ids.max()}"
         else:
             return Drafts(token_ids, np.where(np.arange(probs.shape[1]) < max_lens[:, None], probs, 0.0))
-        self._bench(f"it proposed {fault}")
+        self._bench(drafter, f"it proposed {fault}")
         return None
 
-    def _bench(self, reason: str) -> None:
-        logger.warning("drafter %s is benched, decoding goes on without it: %s", self.drafter.name, reason)
-        self.drafter = None
+    def _bench(self, drafter: Drafter, reason: str) -> None:
+        logger.warning("drafter %s is benched, decoding goes on without it: %s", drafter.name, reason)
+        self.controller.benched.add(drafter.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +32,8 @@ class RolloutStats:
     proposed_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
     drafters: dict[str, DrafterStats] = field(default_factory=dict)
+    arms: Counter[str] = field(default_factory=Counter)
+    """Decode steps by who drafted: drafters' names joined by +, or `plain`."""
     preemptions: int = 0
     kv_peak_bytes: int = 0
     plain_seconds_estimate: float | None = None
@@ -62,6 +64,7 @@ class RolloutStats:
                 mine.proposed += counts.proposed
                 mine.accepted += counts.accepted
             result.kv_peak_bytes = max(result.kv_peak_bytes, part.kv_peak_bytes)
+            result.arms += part.arms
             estimates.append(part.plain_seconds_estimate)
         if estimates and None not in estimates:
             result.plain_seconds_estimate = sum(estimates)
@@ -98,6 +101,8 @@ class RolloutStats:
             row["acceptance_by_depth"] = [accepted / proposed for accepted, proposed in pairs if proposed]
         if self.drafters:
             row["drafters"] = {name: _drafter_row(counts) for name, counts in self.drafters.items()}
+        if self.arms:
+            row["arms"] = dict(self.arms)
         if self.plain_seconds_estimate is not None and total > 0:
             row["plain_tokens_per_s_estimate"] = self.completion_tokens / self.plain_seconds_estimate
             row["speedup_estimate"] = self.plain_seconds_estimate / total

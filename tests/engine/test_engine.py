@@ -182,7 +182,7 @@ class FailingDrafter(RandomDrafter):
         self.fault = fault
         self.calls = 0
 
-    def propose(self, rows, max_lens):
+    def propose(self, rows, max_lens, min_prob=0.0):
         drafts = super().propose(rows, max_lens)
         self.calls += 1
         if self.calls < 5:
@@ -221,11 +221,11 @@ def test_an_interrupt_frees_everything_and_the_next_rollout_is_right():
     expected = tokens_of(engine.generate(requests, SamplingParams()))
     propose, calls = drafter.propose, []
 
-    def interrupted(rows, max_lens):
+    def interrupted(rows, max_lens, min_prob):
         calls.append(1)
         if len(calls) == 6:
             raise KeyboardInterrupt
-        return propose(rows, max_lens)
+        return propose(rows, max_lens, min_prob)
 
     drafter.propose = interrupted
     with pytest.raises(KeyboardInterrupt):

@@ -175,7 +175,7 @@ def test_a_drafter_lives_on_until_batches_come_back(monkeypatch):
     drafters = []
     for repeat in (1, 2, 3, 1 + per_pass):
         arm.start(workload, repeat)
-        drafters.append(arm.engine.speculator.drafter)
+        drafters.append(arm.engine.speculator.active[0])
         assert updated.count(drafters[-1]) == (2 if repeat in (1, 1 + per_pass) else repeat + 1)
         arm.timed(workload.batch(repeat))
     assert drafters[0] is drafters[1] is drafters[2] is not drafters[3]

@@ -220,7 +220,7 @@ def test_a_generator_may_move_to_another_model(model):
     with atlas.attach(smaller):
         assert "generate" not in vars(model)
         smaller.generate(torch.tensor([[5, 6]]), attention_mask=torch.ones(1, 2), max_new_tokens=30, pad_token_id=0)
-        assert atlas.attachment.engine.speculator.drafter is not None
+        assert atlas.attachment.engine.speculator.active
 
 
 def test_the_models_own_eos_ends_a_completion(model):

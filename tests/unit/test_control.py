@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atlas_rl.control.cost_model import MAX_AGE, REFIT_EVERY, SAMPLES_KEPT, StepCost, bucket_of
+from atlas_rl.control.acceptance import PRIOR_TOKENS, Acceptance
+from atlas_rl.control.controller import Controller
+from atlas_rl.control.cost_model import MAX_AGE, REFIT_EVERY, SAMPLES_KEPT, FixedStepCost, StepCost, bucket_of
 from atlas_rl.control.lookahead import MIN_GAIN, choose_draft_lens
-from atlas_rl.control.payoff import Payoff
 from atlas_rl.control.trust import Trust
 
 
@@ -101,30 +103,81 @@ def test_a_bad_moment_is_not_believed_for_ever():
     assert cost.seconds(64) < 10, "so few and so old: it is worth another look"
 
 
-@pytest.mark.parametrize("gain", [0.8, 1.0, 1.3])
-def test_a_drafter_that_does_not_pay_is_asked_ever_less(gain: float):
-    payoff, num_asked, seconds, plain_seconds = Payoff(), 0, 0.0, 0.0
-    rng = random.Random(0)
-    for _ in range(3000):
-        asked = payoff.should_ask(8)
-        tokens = rng.choice([1.0, 2.0, 3.0]) if asked else 1.0
-        took = tokens / gain if asked else 1.0
-        payoff.record(8, asked, took * rng.uniform(0.9, 1.1), tokens)
-        num_asked += asked
-        seconds, plain_seconds = seconds + took, plain_seconds + tokens
+def race(gains: dict[str, float], num_steps: int = 3000, num_rows: int = 8, controller: Controller | None = None):
+    """Steps of a world where an arm's drafts are worth `gains` times plain decoding: steps by arm, and time over plain time."""
+    controller = controller or Controller([(name,) for name in gains], StepCost())
+    rng, seconds, tokens, counts = random.Random(0), 0.0, 0.0, Counter()
+    for _ in range(num_steps):
+        arm = controller.choose(num_rows)
+        emitted = rng.choice([1.0, 2.0, 3.0]) if arm else 1.0
+        took = emitted / gains[arm[0]] if arm else 1.0
+        controller.step_cost.record(num_rows, 0, took)
+        controller.record(arm, num_rows, took * rng.uniform(0.9, 1.1), emitted)
+        counts[arm] += 1
+        seconds, tokens = seconds + took, tokens + emitted
+    return counts, seconds / tokens, controller
+
+
+@pytest.mark.parametrize("gain", [0.5, 0.8, 1.0, 1.3])
+def test_a_drafter_is_asked_where_it_pays(gain: float):
+    counts, cost, _ = race({"suffix": gain})
     if gain > 1:
-        assert num_asked > 2900
+        assert counts[("suffix",)] > 2800
     else:
-        assert num_asked < 400 and seconds < 1.03 * plain_seconds
-    assert not Payoff().should_ask(1), "plain decoding is timed first"
+        assert cost < 1.03, "and costs next to nothing where it does not"
+        assert gain == 1.0 or counts[("suffix",)] < 400
+
+
+def test_the_best_of_several_drafters_is_found_and_lost_again():
+    counts, cost, controller = race({"suffix": 1.1, "recurrent": 1.5, "eagle": 0.7})
+    assert counts[("recurrent",)] > 2600 and cost < 1.05 / 1.5
+    counts, cost, _ = race({"suffix": 1.1, "recurrent": 0.8, "eagle": 1.4}, controller=controller)
+    assert counts[("eagle",)] > 1500, "the world has changed"
+
+
+def test_plain_decoding_is_timed_first_and_batches_of_other_sizes_apart():
+    controller = Controller([("suffix",)], StepCost())
+    assert controller.choose(1) == ()
+    race({"suffix": 2.0}, num_rows=8, controller=controller)
+    assert controller.choose(8) == ("suffix",) and controller.choose(64) == ()
+
+
+def test_a_benched_drafter_is_in_no_arm():
+    _, _, controller = race({"suffix": 1.1, "recurrent": 1.5})
+    controller.benched.add("recurrent")
+    counts, _, _ = race({"suffix": 1.1, "recurrent": 1.5}, controller=controller)
+    assert ("recurrent",) not in counts and counts[("suffix",)] > 2000
 
 
 def test_one_long_step_decides_nothing():
-    payoff = Payoff()
-    for step in range(40):
-        asked = payoff.should_ask(8)
-        payoff.record(8, asked, 100.0 if step == 20 else 1.0, 2.0 if asked else 1.0)
-    assert payoff.should_ask(8)
+    _, _, controller = race({"suffix": 2.0}, num_steps=100)
+    controller.record(("suffix",), 8, 100.0, 2.0)
+    assert controller.choose(8) == ("suffix",)
+
+
+def test_deterministic_choices_look_at_no_clock():
+    controller = Controller([("suffix",)], FixedStepCost(), deterministic=True)
+    before = [controller.choose(n) for n in (1, 8, 64)]
+    for _ in range(50):
+        controller.record(("suffix",), 1, 1e9, 1.0)
+    assert [controller.choose(n) for n in (1, 8, 64)] == before and before[0] == ("suffix",)
+    controller.acceptance["suffix"].record(np.full(5000, 4), np.zeros(5000, np.int64))
+    assert controller.choose(1) == (), "but at what was accepted"
+
+
+def test_acceptance_by_depth():
+    acceptance = Acceptance()
+    for _ in range(400):
+        acceptance.record(np.array([3, 3, 1, 0]), np.array([3, 1, 0, 0]))
+    # depth 1: right, right, wrong; depth 2: right, wrong; depth 3: right
+    assert np.allclose(acceptance.survival_K[:3], [2 / 3, 1 / 3, 1 / 3], atol=0.02)
+    total = acceptance.total_K.copy()
+    acceptance.fade(0.5)
+    assert np.allclose(acceptance.survival_K[:3], [2 / 3, 1 / 3, 1 / 3], atol=0.02)
+    assert (acceptance.total_K < total).any() and (acceptance.total_K >= PRIOR_TOKENS - 1e-9).all()
+    restored = Acceptance()
+    restored.load_state_dict(acceptance.state_dict())
+    assert (restored.survival_K == acceptance.survival_K).all()
 
 
 def test_buckets_round_down_and_grow_geometrically():

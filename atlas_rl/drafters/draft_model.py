@@ -1,0 +1,132 @@
+"""Draft-model drafter: a smaller language model with the policy's tokenizer guesses what the policy says next.
+
+It runs as the policy does: as a `PolicyView`, over a paged cache of its own in the rows' blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from atlas_rl.drafters.base import DraftRow
+from atlas_rl.drafters.paged import PagedDrafter, tokens_between
+from atlas_rl.engine.batch import ForwardBatch
+from atlas_rl.engine.kv_cache import KVShape
+from atlas_rl.engine.policy_view import PolicyView
+
+MAX_PIECE = 64
+"""Tokens of a row in one forward that catches up."""
+
+
+class DraftModelDrafter(PagedDrafter):
+    name: ClassVar[str] = "draft_model"
+    layers = ()
+    feeds_ahead = 1
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.num_stored: dict[int, int] = {}
+        """Tokens of each row whose keys and values are in the cache, and right."""
+
+    @classmethod
+    def load(cls, path: str) -> DraftModelDrafter:
+        """From a folder or hub id.
+
+        Raises:
+            ValueError: there is no model that can be read.
+        """
+        try:
+            return cls(AutoModelForCausalLM.from_pretrained(path).eval())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is not a draft model that can be read: {error}") from error
+
+    def bind(self, view: PolicyView) -> None:
+        size, policy_size = self.model.get_input_embeddings().weight.shape[0], view.vocab_size
+        if size != policy_size:
+            raise ValueError(
+                f"the draft model {self.model.name_or_path} has a vocabulary of {size} tokens and the policy one of "
+                f"{policy_size}: a draft model needs the policy's tokenizer"
+            )
+        self._check_tokenizers(view.model.name_or_path)
+        self.model.to(view.device, view.compute_dtype)
+        self.view, self.device = PolicyView(self.model), view.device
+
+    def _check_tokenizers(self, policy_path: str) -> None:
+        """Where both models come with a tokenizer, these have to agree on every token."""
+        ours, policys = _token_ids(self.model.name_or_path), _token_ids(policy_path)
+        if ours is None or policys is None or ours == policys:
+            return
+        differing = sorted(token for token in ours.keys() | policys.keys() if ours.get(token) != policys.get(token))
+        raise ValueError(
+            f"the draft model {self.model.name_or_path} has another tokenizer than the policy {policy_path}: {len(differing)} "
+            f"tokens differ, {differing[0]!r} among them. A draft model needs the policy's tokenizer"
+        )
+
+    def kv_shape(self, block_size: int) -> KVShape:
+        return self.view.kv_shape(block_size)
+
+    def sleep(self) -> None:
+        super().sleep()
+        self.num_stored.clear()
+
+    def prefilled(self, batch: ForwardBatch, next_token_ids: np.ndarray) -> None:
+        self.view.hidden_states(replace(batch, kv_cache=self.kv_cache, tapped={}, masks={}))
+
+    def admit(self, rows: Sequence[DraftRow]) -> None:
+        super().admit(rows)
+        self.num_stored.update((row.row_id, row.num_computed) for row in rows)
+
+    def started(self, rows: Sequence[DraftRow], batch: ForwardBatch, places: np.ndarray) -> None:
+        """Their prefixes are in the cache: `prefilled` saw to it."""
+
+    def verified(self, rows: Sequence[DraftRow], batch: ForwardBatch, num_right: np.ndarray) -> None:
+        """Emitted tokens are found in `output_ids` when they are wanted."""
+
+    def release(self, rows: Sequence[DraftRow], finished: bool) -> None:
+        super().release(rows, finished)
+        for row in rows:
+            del self.num_stored[row.row_id]
+
+    def catch_up(self, rows: Sequence[DraftRow]) -> tuple[np.ndarray, torch.Tensor]:
+        """Piece by piece, so that a row that was not drafted for in a long time needs no more memory than a prefill."""
+        ends = np.array([row.num_computed + 1 for row in rows], np.int64)
+        # the last token is computed in any case: its state is what the first guess comes from
+        stored = np.minimum([self.num_stored[row.row_id] for row in rows], ends - 1)
+        while (late := np.flatnonzero(ends - stored > MAX_PIECE)).size:
+            self._forward([rows[i] for i in late.tolist()], stored[late], stored[late] + MAX_PIECE)
+            stored[late] += MAX_PIECE
+        states_ND = self._forward(rows, stored, ends)
+        self.num_stored.update(zip((row.row_id for row in rows), ends.tolist()))
+        last = torch.from_numpy(np.cumsum(ends - stored) - 1).to(self.device)
+        return np.arange(len(rows)), states_ND.index_select(0, last)
+
+    def _forward(self, rows: Sequence[DraftRow], starts: np.ndarray, ends: np.ndarray) -> torch.Tensor:
+        """Hidden states after tokens [start, end) of each row."""
+        spans = zip(rows, starts.tolist(), ends.tolist())
+        token_ids = [tokens_between(row, start, end) for row, start, end in spans]
+        tables = [row.block_table for row in rows]
+        return self.view.hidden_states(ForwardBatch.build(self.kv_cache, token_ids, starts.tolist(), tables))
+
+    def advance(self, batch: ForwardBatch, states_RD: torch.Tensor) -> torch.Tensor:
+        return self.view.hidden_states(batch)
+
+    def logits(self, states_RD: torch.Tensor) -> torch.Tensor:
+        return self.view.logits(states_RD)
+
+    def judged(self, rows: Sequence[DraftRow], num_right_fed: np.ndarray) -> None:
+        for row, num_right in zip(rows, num_right_fed.tolist()):
+            self.num_stored[row.row_id] += num_right
+
+
+def _token_ids(path: str) -> dict[str, int] | None:
+    """The tokenizer that lies beside a model, if one does."""
+    if not path or not Path(path, "tokenizer_config.json").exists():
+        return None
+    return AutoTokenizer.from_pretrained(path).get_vocab()
