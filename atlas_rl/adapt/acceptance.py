@@ -5,13 +5,12 @@ Shapes: B, W, S, K as in `drafters.heads`; N guesses.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from atlas_rl.adapt.losses import PolicyEnds
+from atlas_rl.adapt.losses import MAX_LOGITS, PolicyEnds
 from atlas_rl.drafters.guess import draw
 from atlas_rl.drafters.heads import DraftHead, Windows
 from atlas_rl.types import SamplingParams
@@ -72,7 +71,7 @@ class Acceptance:
 @torch.no_grad()
 def measure(
     head: DraftHead,
-    batches: Iterable[Windows],
+    windows: Windows,
     ends: PolicyEnds,
     sampling: SamplingParams,
     *,
@@ -82,10 +81,13 @@ def measure(
     """Acceptance on windows of rollouts that were sampled so; filters other than the temperature count for the guesses alone."""
     sums_4K = torch.zeros(4, depth, dtype=torch.float64)
     counts_K = torch.zeros(depth, dtype=torch.int64)
-    for windows in batches:
-        complete_BSK = windows.is_complete(depth)
+    max_logits = MAX_LOGITS.get(windows.hidden_BWD.device.type, MAX_LOGITS["cuda"])
+    step = max(1, max_logits // ((windows.width - depth) * depth * len(ends.weight_VD)))
+    for start in range(0, len(windows), step):
+        part = windows.rows(slice(start, start + step))
+        complete_BSK = part.is_complete(depth)
         judged_BSK4 = torch.zeros(*complete_BSK.shape, 4, device=complete_BSK.device)
-        judged_BSK4[complete_BSK] = _judge(head, windows, complete_BSK, ends, sampling, vocab_ids)
+        judged_BSK4[complete_BSK] = _judge(head, part, complete_BSK, ends, sampling, vocab_ids)
         judged_BSK4[..., 3] = judged_BSK4[..., 1].cumprod(dim=-1)
         sums_4K += judged_BSK4.sum((0, 1)).T.cpu()
         counts_K += complete_BSK.sum((0, 1)).cpu()
@@ -104,7 +106,11 @@ def _judge(
     """[N, 4] of each complete guess: overlap with the policy's distribution, whether the coupled guess is right, whether the
     most probable token is; and room for one more figure."""
     depth = complete_BSK.shape[2]
-    draft_NV = ends.logits(head.unroll(windows, depth, ends.embedding_VD)[complete_BSK], vocab_ids)
+    states_ND = head.unroll(windows, depth, ends.embedding_VD)[complete_BSK]
+    if getattr(head, "lm_head", None) is None:
+        draft_NV = ends.logits(states_ND, vocab_ids)
+    else:  # an output head of its own, as EAGLE-3 checkpoints of other trainers have
+        draft_NV, vocab_ids = head.lm_head(states_ND).float(), head.draft_ids
     if vocab_ids is not None:  # tokens outside the draft vocabulary are never guessed
         full_NV = draft_NV.new_full((len(draft_NV), len(ends.weight_VD)), -torch.inf)
         draft_NV = full_NV.index_copy_(1, vocab_ids, draft_NV)

@@ -11,6 +11,7 @@ Shapes: B, W, S, K, D as in `drafters.heads`, V vocabulary of the drafter, F of 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,13 @@ class PolicyEnds:
             weight_VD, bias_V = weight_VD[vocab_ids], None if bias_V is None else bias_V[vocab_ids]
         logits = scale_logits(F.linear(states.to(weight_VD.dtype), weight_VD, bias_V), self.config)
         return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def low_precision(device: torch.device) -> AbstractContextManager:
+    """To train a head under: bf16 products where the machine has them, which halves the time of a step and costs nothing in
+    acceptance. States and norms stay in float32."""
+    has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16) if has_bf16 else nullcontext()
 
 
 def lk_hybrid(

@@ -18,6 +18,7 @@ from atlas_rl import __version__
 COMMANDS = {
     "train": ("atlas_rl.cli.train", "train a policy with TRL, its rollouts made by Atlas"),
     "bench": ("atlas_rl.bench.cli", "compare ways of making rollouts, side by side on this machine"),
+    "drafter": ("atlas_rl.cli.drafter", "train a draft head for a policy, or measure one"),
     "doctor": ("atlas_rl.cli.doctor", "what works on this machine, what does not, and why"),
 }
 

@@ -54,7 +54,7 @@ def check_rewards(values: dict[str, Any]) -> None:
         )
 
 
-def check_output_dir(name: str) -> None:
+def check_output_dir(name: str, field: str = "output_dir") -> None:
     """Whether it can be made and written, found out without making it."""
     folder = Path(name).absolute()
     while not folder.exists():
@@ -63,21 +63,21 @@ def check_output_dir(name: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"output_dir: {name} cannot be written ({error.strerror}): give another folder") from None
+        raise ValueError(f"{field}: {name} cannot be written ({error.strerror}): give another folder") from None
 
 
-def check_model(name: str, revision: str | None) -> None:
+def check_model(name: str, revision: str | None = None, field: str = "model_name_or_path") -> None:
     path = Path(name)
     remedy = "give a folder written by save_pretrained, or a hub id that can be reached"
     if path.is_dir():
         if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
-            raise ValueError(f"model_name_or_path: the folder {name} holds no config.json: {remedy}")
+            raise ValueError(f"{field}: the folder {name} holds no config.json: {remedy}")
     elif path.exists() or _looks_like_path(name):
-        raise ValueError(f"model_name_or_path: the folder {name} does not exist: {remedy}")
+        raise ValueError(f"{field}: the folder {name} does not exist: {remedy}")
     else:
         reason = _why_not_on_hub(name, revision)
         if reason:
-            raise ValueError(f"model_name_or_path: {name} is no local folder, and {reason}: {remedy}")
+            raise ValueError(f"{field}: {name} is no local folder, and {reason}: {remedy}")
 
 
 def _why_not_on_hub(name: str, revision: str | None) -> str | None:

@@ -278,7 +278,7 @@ def _own_head(folder: Path, config: dict[str, Any]) -> DraftHead:
 
 
 def head_kinds() -> dict[str, type[DraftHead]]:
-    from atlas_rl.drafters.recurrent import RecurrentHead
+    from atlas_rl.drafters.recurrent_head import RecurrentHead
 
     return {EagleHead.kind: EagleHead, RecurrentHead.kind: RecurrentHead}
 

@@ -42,21 +42,10 @@ class RecurrentHead(DraftHead):
         self.out_norm = _norm(hidden_size)
 
     @classmethod
-    def for_policy(
-        cls, view: PolicyView, generator: torch.Generator, intermediate_size: int | None = None
-    ) -> RecurrentHead:
-        """A head to be trained for this policy: two layers from its first half, its final norm, random weights of the generator
-        (never of the global one)."""
+    def for_policy(cls, view: PolicyView, **options: Any) -> RecurrentHead:
+        """A fresh head for this policy: random weights, its final norm, two layers from its first half."""
         layers = sorted({view.num_layers // 4, view.num_layers // 2})
-        with torch.device("meta"):
-            head = cls(hidden_size=view.hidden_size, layers=layers, intermediate_size=intermediate_size)
-        head.to_empty(device="cpu")
-        for module in head.modules():
-            if isinstance(module, nn.Linear):  # torch's own default, from our generator
-                bound = module.in_features**-0.5
-                module.weight.data.uniform_(-bound, bound, generator=generator)
-            elif isinstance(module, nn.RMSNorm):
-                nn.init.ones_(module.weight)
+        head = cls(hidden_size=view.hidden_size, layers=layers, **options)
         norm = getattr(view.twin.base_model, "norm", None)
         if norm is not None:  # what it gives for ones is its scale, whether it keeps that as weight or as 1 + weight
             with torch.no_grad():
