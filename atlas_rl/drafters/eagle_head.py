@@ -18,11 +18,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from atlas_rl.drafters.heads import DraftHead, Windows
-from atlas_rl.engine.policy_view import PolicyView
 
 NUM_TAPS = 3
 SUPPORTED_ROPES = ("default", "linear", "llama3", "yarn")
@@ -128,34 +127,25 @@ class EagleHead(DraftHead):
         )  # a tuple: its frequencies stay float32 whatever the head is cast to
 
     @classmethod
-    def for_policy(
-        cls, view: PolicyView, generator: torch.Generator, layers: Sequence[int] | None = None, **options: Any
-    ) -> EagleHead:
-        """A head to be trained for this policy, of the shape of one of its layers, with random weights of the generator (the
-        global one is left alone). `options` are of `__init__`."""
-        config = view.model.config.get_text_config(decoder=True)
-        num_heads = config.num_attention_heads
-        rope = getattr(config, "rope_parameters", None) or {}
+    def for_policy(cls, config: PretrainedConfig, layers: Sequence[int] | None = None, **options: Any) -> EagleHead:
+        """A fresh head of the shape of one of a policy's layers: its heads, rotary embedding and MLP."""
+        text = config.get_text_config(decoder=True)
+        num_heads = text.num_attention_heads
+        rope = getattr(text, "rope_parameters", None) or {}
         if rope.get("rope_type", "default") not in SUPPORTED_ROPES or "rope_theta" not in rope:
             rope = None  # one per layer type, or none at all
         shape = {
-            "hidden_size": view.hidden_size,
-            "vocab_size": view.vocab_size,
+            "hidden_size": text.hidden_size,
+            "vocab_size": text.vocab_size,
             "num_heads": num_heads,
-            "num_kv_heads": getattr(config, "num_key_value_heads", None) or num_heads,
-            "head_dim": getattr(config, "head_dim", None) or view.hidden_size // num_heads,
-            "intermediate_size": getattr(config, "intermediate_size", None) or 4 * view.hidden_size,
-            "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-6),
+            "num_kv_heads": getattr(text, "num_key_value_heads", None) or num_heads,
+            "head_dim": getattr(text, "head_dim", None) or text.hidden_size // num_heads,
+            "intermediate_size": getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            "rms_norm_eps": getattr(text, "rms_norm_eps", 1e-6),
             "rope_parameters": rope and dict(rope),
-            "max_position_embeddings": view.max_len or 2048,
+            "max_position_embeddings": getattr(text, "max_position_embeddings", 2048),
         }
-        with torch.random.fork_rng(devices=[]):
-            head = cls(layers=layers or default_layers(view.num_layers), **shape | options)
-        for module in head.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):  # for Linears torch's own default
-                bound = module.weight.shape[1] ** -0.5
-                module.weight.data.uniform_(-bound, bound, generator=generator)
-        return head.to(view.device)
+        return cls(layers=layers or default_layers(text.num_hidden_layers), **shape | options)
 
     def config_dict(self) -> dict[str, Any]:
         return {

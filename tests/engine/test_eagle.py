@@ -13,7 +13,6 @@ from atlas_rl.drafters.base import Drafts
 from atlas_rl.drafters.eagle import EagleDrafter, EagleHead
 from atlas_rl.drafters.eagle_head import default_layers
 from atlas_rl.drafters.heads import Windows
-from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.types import Rollout, SamplingParams
 
 LAYERS = (0, 1, 2)
@@ -26,8 +25,8 @@ def make_policy(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
 
 
 def make_head(policy: LlamaForCausalLM, **options) -> EagleHead:
-    head = EagleHead.for_policy(PolicyView(policy), torch.Generator().manual_seed(1), LAYERS, **options)
-    return head.to(policy.dtype)
+    torch.manual_seed(1)
+    return EagleHead.for_policy(policy.config, LAYERS, **options).to(policy.dtype)
 
 
 class Recorded(EagleDrafter):

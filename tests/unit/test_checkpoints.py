@@ -36,7 +36,7 @@ LAYER = {
 
 
 def make_head(policy, **options) -> EagleHead:
-    return EagleHead.for_policy(PolicyView(policy), torch.Generator().manual_seed(0), (0, 2, 3), **options)
+    return EagleHead.for_policy(policy.config, (0, 2, 3), **options)
 
 
 def foreign_tensors(layer: str) -> dict[str, torch.Tensor]:
@@ -209,7 +209,7 @@ def test_what_is_written_is_what_other_engines_read(tmp_path, layout):
 
 
 def test_our_own_kinds_are_found_by_name(tmp_path):
-    head = RecurrentHead.for_policy(PolicyView(tiny_llama()), torch.Generator().manual_seed(0))
+    head = RecurrentHead.for_policy(PolicyView(tiny_llama()))
     save_head(head, tmp_path / "head")
     before = torch.get_rng_state()
     again = load_head(tmp_path / "head")
