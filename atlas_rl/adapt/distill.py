@@ -61,13 +61,13 @@ class DistillConfig:
     warmup_steps: int = 50
     weight_decay: float = 0.01
     starts_per_step: int = 512
-    starts_per_window: int = 8
+    starts_per_window: int = 1
     """Neighbours share what is computed per token; a head with attention needs windows as wide as what it is to see."""
-    depth: int = 4
+    depth: int = 6
     """Of the drafts that it learns from."""
     prompts_per_round: int = 256
     """Answered at once, when more is needed; the first rounds are smaller, so that learning starts soon."""
-    reuse: float = 4.0
+    reuse: float = 10.0
     """Times that each place is learned from, on average, before there are more rollouts."""
     max_gib: float = 2.0
     """Of replayed features in memory, the newest."""
