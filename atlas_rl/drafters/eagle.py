@@ -80,9 +80,8 @@ class EagleDrafter(PagedDrafter):
                 f"{view.num_layers} layers: name a head that was trained for this policy"
             )
         self.view, self.device, self.layers = view, view.device, head.layers
-        if head.embed_tokens is not None and torch.equal(
-            head.embed_tokens.weight.to(view.device), view.model.get_input_embeddings().weight
-        ):
+        embedding = view.model.get_input_embeddings().weight
+        if head.embed_tokens is not None and torch.equal(head.embed_tokens.weight.to(embedding), embedding):
             head.embed_tokens = None  # a copy of the policy's: the live ones then, as vLLM has it
         head.to(view.device, view.compute_dtype)
         self.paged = PagedEagle(head)
