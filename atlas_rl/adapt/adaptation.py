@@ -63,6 +63,16 @@ class Adaptation:
             return
         if not traffic.tokens:
             return
+        try:
+            self._update(engine, has_changed)
+        except Exception as error:  # a drafter is never worth a rollout
+            reason = f"its retraining raised {type(error).__name__}: {error}"
+            engine.speculator.bench(self.drafters.adaptive, reason)
+        finally:
+            traffic.clear()
+
+    def _update(self, engine: RolloutEngine, has_changed: bool) -> None:
+        traffic = engine.traffic
         now = time.perf_counter()
         interval, self.last_update = now - self.last_update, now
         self.num_updates += 1
@@ -73,7 +83,6 @@ class Adaptation:
             stats = self.retrainer.update(
                 engine.view, interval_seconds=interval, rollout_seconds=traffic.seconds, remaining=remaining
             )
-        traffic.clear()
         if stats is not None:
             engine.stats.retrain = stats
             if stats.kept and not self.distill_steps_left:

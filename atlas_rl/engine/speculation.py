@@ -262,7 +262,7 @@ class Speculator:
         try:
             return getattr(drafter, method)(*args)
         except Exception as error:  # a drafter is never worth a rollout
-            self._bench(drafter, f"{method} raised {type(error).__name__}: {error}")
+            self.bench(drafter, f"{method} raised {type(error).__name__}: {error}")
             return None
 
     def _checked(self, drafter: Drafter, drafts: Drafts, max_lens: np.ndarray) -> Drafts | None:
@@ -276,9 +276,12 @@ class Speculator:
             fault = f"a token id outside the vocabulary: {token_ids.min()} … {token_ids.max()}"
         else:
             return Drafts(token_ids, np.where(np.arange(probs.shape[1]) < max_lens[:, None], probs, 0.0))
-        self._bench(drafter, f"it proposed {fault}")
+        self.bench(drafter, f"it proposed {fault}")
         return None
 
-    def _bench(self, drafter: Drafter, reason: str) -> None:
+    def bench(self, drafter: Drafter, reason: str) -> None:
+        """Decode without a drafter that has failed, until it is reinstated; one warning."""
+        if drafter.name in self.controller.benched:
+            return
         logger.warning("drafter %s is benched, decoding goes on without it: %s", drafter.name, reason)
         self.controller.benched.add(drafter.name)
