@@ -178,7 +178,7 @@ class EagleHead(DraftHead):
         dtype = self.fc.weight.dtype
         embedding_VD = embedding_VD if self.embed_tokens is None else self.embed_tokens.weight
         positions_BS = windows.positions_B[:, None] + torch.arange(num_starts, device=windows.positions_B.device)
-        states = self.fc(windows.tapped_BWLD[:, :num_starts].flatten(2).to(dtype))
+        states = self.fc(windows.tapped_BWLD[:, :num_starts].flatten(2).to(dtype)).to(dtype)  # also under autocast
         keys: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
         outputs = []
