@@ -13,9 +13,9 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
+from atlas_rl.adapt.adaptation import Adaptation
 from atlas_rl.config import AtlasConfig
-from atlas_rl.drafters import build_drafter
-from atlas_rl.drafters.base import Drafter
+from atlas_rl.drafters import build_drafters
 from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.engine.twin import UnsupportedModel
@@ -42,7 +42,8 @@ class Attachment:
         """The trainer's live state; the one seen in `on_init_end` is not the one that trains."""
         self.engine: RolloutEngine | None = None
         self.engine_key: Any = None
-        self.drafter: Drafter | None = build_drafter(config)
+        self.adaptation: Adaptation | None = None
+        """The model's drafters, made with the first engine; what they know outlives it."""
         self.log: RolloutLog | None = None
         self.stats = RolloutStats()
         self.calls: dict[str, tuple[int, int]] = {}
@@ -107,7 +108,12 @@ class Attachment:
         if self.engine is None or key != self.engine_key:
             start = time.perf_counter()
             view = PolicyView(self.model, autocast_dtype=dtype, pack_linears=self.config.engine.pack_linears)
-            self.engine, self.engine_key = RolloutEngine(view, self.config, self.drafter), key
+            if self.adaptation is None:
+                drafters = build_drafters(self.config, view)
+                remaining = None if self.state is None else self._remaining_updates
+                self.adaptation = Adaptation(self.config, drafters, remaining=remaining, seed=self._base_seed())
+            self.engine, self.engine_key = RolloutEngine(view, self.config, self.adaptation.drafters.all), key
+            self.adaptation.attach(self.engine)
             self.engine.unbilled_seconds = time.perf_counter() - start
         return self.engine
 
@@ -143,8 +149,13 @@ class Attachment:
         return {"phase": phase, "call": call, "step": step, "rank": rank()}
 
     def _seed_words(self, place: dict[str, Any]) -> tuple[int, ...]:
-        base = torch.initial_seed() if self.args is None else self.args.seed
-        return base, PHASES.index(place["phase"]), place["step"], place["call"]
+        return self._base_seed(), PHASES.index(place["phase"]), place["step"], place["call"]
+
+    def _base_seed(self) -> int:
+        return torch.initial_seed() if self.args is None else self.args.seed
+
+    def _remaining_updates(self) -> float:
+        return float(max(0, self.state.max_steps - self.state.global_step))
 
     # ---- figures ---------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-DRAFTER_NAMES = ("suffix",)
+DRAFTER_NAMES = ("suffix", "recurrent", "static")
+RETRAIN = ("every_update", "on_drift", "never")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +34,57 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptConfig:
+    """Expert settings of the adaptive drafter's retraining."""
+
+    max_share: float = 0.05
+    """Share of the time between two policy updates that retraining may take at most; it takes less where more does not pay."""
+    tokens_per_update: int = 16_384
+    """Without a trainer, whose updates it would follow, the drafter is retrained after so many generated tokens."""
+    deterministic_steps: int = 2
+    """Optimizer steps per update where clocks must not decide (`deterministic: true`)."""
+    learning_rate: float = 5e-4
+    max_grad_norm: float = 1.0
+    depth: int = 5
+    """Of the drafts that it learns from."""
+    max_tokens: int = 8192
+    """Tokens of a rollout whose hidden states are kept, at most; completions are chosen at random."""
+    rollouts_kept: int = 3
+    """Rollouts, the newest, that an update learns from."""
+    tolerance: float = 0.0
+    """An update is undone if its drafter gets fewer tokens per step right on held-out completions, by more than this share."""
+    intermediate_size: int | None = None
+    """Of a new recurrent head's MLP; null takes the policy's hidden size."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens_per_update", "deterministic_steps", "depth", "max_tokens", "rollouts_kept"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"adapt.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.max_share <= 1:
+            raise ValueError(f"adapt.max_share must be a share above 0 and up to 1, got {self.max_share}")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"adapt.{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"adapt.tolerance must be at least 0 and below 1, got {self.tolerance}")
+        if self.intermediate_size is not None and self.intermediate_size < 1:
+            raise ValueError(f"adapt.intermediate_size must be at least 1, or null, got {self.intermediate_size}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AtlasConfig:
     """What a user may set. Every default is meant to be left alone."""
 
     speculate: bool = True
     """False: plain decoding by the same engine. The tokens are the same either way."""
     drafters: str | tuple[str, ...] = "auto"
-    """`auto`, or the names of the drafters to use."""
+    """`auto`, or the names of the drafters to use: suffix (counts what was said before), recurrent (adaptive: retrained with the
+    policy), static (frozen)."""
+    static_drafter: str | None = None
+    """Folder (or hub id) of the static drafter: one made by `atlas-rl drafter train`, an EAGLE-3 checkpoint of SpecForge or
+    speculators, or a small language model with the same tokenizer. null takes the folder `drafter` beside the policy, if any."""
+    retrain: str = "every_update"
+    """When the adaptive drafter is retrained: every_update, on_drift (only when it has become worse), never."""
     lookahead: int | None = None
     """Draft tokens per step; None follows the drafter's own confidence and the measured step times."""
     deterministic: bool = False
@@ -47,8 +92,11 @@ class AtlasConfig:
     log_path: str | None = None
     """Where `rollouts.jsonl` goes; None puts it into the trainer's output_dir (nowhere for a bare model)."""
     engine: EngineConfig = field(default_factory=EngineConfig)
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
 
     def __post_init__(self) -> None:
+        if self.retrain not in RETRAIN:
+            raise ValueError(f"retrain is {self.retrain!r}: choose one of {', '.join(RETRAIN)}")
         if self.lookahead is not None and self.lookahead < 0:
             raise ValueError(f"lookahead must be null (automatic), 0 (off) or positive, got {self.lookahead}")
         if self.drafters == "auto":

@@ -67,6 +67,13 @@ class Replay:
         sizes = {f.name: num_tokens if "_N" in f.name else num_rows for f in fields(self)}
         return Replay(**{name: getattr(self, name)[-size:].clone() for name, size in sizes.items()})
 
+    def rows(self, index_R: torch.Tensor) -> Replay:
+        """Some of the rollouts."""
+        ends_R = self.lens_R.cumsum(0)
+        pieces = [torch.arange(int(ends_R[r] - self.lens_R[r]), int(ends_R[r])) for r in index_R.tolist()]
+        places_N = torch.cat(pieces).to(self.token_ids_N.device)
+        return Replay(**{f.name: getattr(self, f.name)[places_N if "_N" in f.name else index_R] for f in fields(self)})
+
     def sample(self, count: int, width: int, depth: int, generator: torch.Generator) -> Windows:
         """Random windows for drafts of some depth: each place where a draft can start is in as many of them on average."""
         spread = width - depth - 1  # how far before a rollout's first start a window may begin and still hold it

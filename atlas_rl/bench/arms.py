@@ -13,9 +13,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
+from atlas_rl.adapt.adaptation import Adaptation
 from atlas_rl.bench.workload import SAMPLING, Batch, Workload
 from atlas_rl.config import AtlasConfig
-from atlas_rl.drafters import build_drafter
+from atlas_rl.drafters import build_drafters
 from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.policy_view import PolicyView
 
@@ -144,7 +145,6 @@ class AtlasArm(Arm):
         super().__init__(policy)
         self.view = PolicyView(policy)
         self.engine: RolloutEngine | None = None
-        self.step_cost = None
 
     def start(self, workload: Workload, repeat: int) -> None:
         if workload.starts_over(repeat):
@@ -162,10 +162,15 @@ class AtlasArm(Arm):
         return {"tokens_per_decode_step": row["tokens_per_decode_step"], "peak_bytes": row["kv_peak_bytes"]}
 
     def _forget(self) -> None:
-        self.engine = RolloutEngine(self.view, self.config, build_drafter(self.config))
-        if self.step_cost is not None:  # step times are the machine's, not the completions': a trainer keeps them too
-            self.engine.step_cost.__dict__.update(self.step_cost.__dict__)
-        self.step_cost = self.engine.step_cost
+        drafters = build_drafters(self.config, self.view)
+        before = self.engine
+        self.engine = RolloutEngine(self.view, self.config, drafters.all)
+        Adaptation(self.config, drafters).attach(self.engine)
+        if before is not None:  # step times are the machine's, not the completions': a trainer keeps them too
+            self.engine.step_cost.__dict__.update(before.step_cost.__dict__)
+            benched = self.engine.controller.benched
+            self.engine.controller.__dict__.update(before.controller.__dict__)
+            self.engine.controller.step_cost, self.engine.controller.benched = self.engine.step_cost, benched
 
 
 class AtlasPlain(AtlasArm):
@@ -181,3 +186,11 @@ class AtlasPlain(AtlasArm):
 
 class AtlasSuffix(AtlasArm):
     config = replace(AtlasArm.config, drafters=("suffix",))
+
+
+class AtlasStatic(AtlasArm):
+    config = replace(AtlasArm.config, drafters=("static",), retrain="never")
+
+
+class AtlasAdaptive(AtlasArm):
+    config = replace(AtlasArm.config, drafters=("recurrent",))

@@ -64,10 +64,8 @@ def examine() -> Iterator[Finding]:
     found = _probe("torch", _torch)
     yield found
     if found.status == OK:
-        packed = _probe("packed linears", _packed_linear)
-        kernels = _probe("CPU kernels", _cpu_kernels)
-        for finding in (packed, kernels):  # they only make it faster
-            yield finding if finding.status == OK else finding._replace(status=OPTIONAL)
+        kernels = _probe("CPU kernels", _cpu_kernels)  # they only make it faster
+        yield kernels if kernels.status == OK else kernels._replace(status=OPTIONAL)
         yield _accelerator()
         yield _triton()
     for name in LIBRARIES:
@@ -105,25 +103,15 @@ def _torch() -> str:
     return f"{torch.__version__}, {capability} on CPU, {torch.get_num_threads()} threads"
 
 
-def _packed_linear() -> str:
-    """The engine packs Linear weights on CPU with these ops of torch's oneDNN build."""
-    import torch
-
-    weight, x = torch.randn(64, 32), torch.randn(4, 32)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-    out = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-    error = (out - x @ weight.T).abs().max().item()
-    if error > 1e-4:
-        raise RuntimeError(f"the packed product is off by {error:.1e}: set atlas.engine.pack_linears to false")
-    return f"oneDNN packs Linear weights (error {error:.0e})"
-
-
 def _cpu_kernels() -> str:
     """Compiled here and now if they never were."""
     from atlas_kernels import cpu
     from atlas_rl.drafters.suffix import SuffixDrafter
 
-    reasons = {"fused layers": cpu.unavailable_reason(), "suffix drafter": SuffixDrafter.unavailable_reason()}
+    reasons = {
+        "fused layers and packed linears": cpu.unavailable_reason(),
+        "suffix drafter": SuffixDrafter.unavailable_reason(),
+    }
     missing = [f"no {name}: {reason}" for name, reason in reasons.items() if reason is not None]
     if missing:
         raise RuntimeError("; ".join(missing))

@@ -80,19 +80,24 @@ def load_head(folder: str | Path) -> DraftHead:
     folder = Path(folder)
     config = _read_config(folder)
     tensors = _read_tensors(folder)
-    if "atlas_kind" in config:
-        head = _own_head(folder, dict(config))
-    elif config.get("speculators_model_type") == "eagle3" or set(ARCHITECTURES) & set(
-        config.get("architectures") or ()
-    ):
-        head, tensors = _eagle_head(folder, config, tensors)
-    else:
-        raise ValueError(
-            f"{folder / CONFIG}: architectures {config.get('architectures')} is no draft head that can be read; known are "
-            "Atlas-RL's own and EAGLE-3 (SpecForge, speculators)"
-        )
+    with torch.random.fork_rng(devices=[]):  # modules draw weights before they are given any
+        if "atlas_kind" in config:
+            head = _own_head(folder, dict(config))
+        elif _is_eagle(config):
+            head, tensors = _eagle_head(folder, config, tensors)
+        else:
+            raise ValueError(
+                f"{folder / CONFIG}: architectures {config.get('architectures')} is no draft head that can be read; known "
+                "are Atlas-RL's own and EAGLE-3 (SpecForge, speculators)"
+            )
     _load_strictly(head, tensors, folder / WEIGHTS)
     return head
+
+
+def is_head(folder: str | Path) -> bool:
+    """Whether a folder holds a draft head, and not a language model, as far as its config tells."""
+    config = _read_config(Path(folder))
+    return "atlas_kind" in config or _is_eagle(config)
 
 
 # ---- EAGLE-3, written --------------------------------------------------------------------------------------------------------
@@ -164,6 +169,11 @@ def _written_rope(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 # ---- EAGLE-3, read -----------------------------------------------------------------------------------------------------------
+
+
+def _is_eagle(config: dict[str, Any]) -> bool:
+    named = not set(ARCHITECTURES).isdisjoint(config.get("architectures") or ())
+    return named or config.get("speculators_model_type") == "eagle3"
 
 
 def _eagle_head(

@@ -128,7 +128,7 @@ class EagleHead(DraftHead):
 
     @classmethod
     def for_policy(cls, config: PretrainedConfig, layers: Sequence[int] | None = None, **options: Any) -> EagleHead:
-        """A fresh head of a policy's own shape: heads, rotary embedding and MLP as in one of its layers."""
+        """A fresh head of the shape of one of a policy's layers: its heads, rotary embedding and MLP."""
         text = config.get_text_config(decoder=True)
         num_heads = text.num_attention_heads
         rope = getattr(text, "rope_parameters", None) or {}
@@ -145,7 +145,7 @@ class EagleHead(DraftHead):
             "rope_parameters": rope and dict(rope),
             "max_position_embeddings": getattr(text, "max_position_embeddings", 2048),
         }
-        return cls(layers=default_layers(text.num_hidden_layers) if layers is None else layers, **shape | options)
+        return cls(layers=layers or default_layers(text.num_hidden_layers), **shape | options)
 
     def config_dict(self) -> dict[str, Any]:
         return {

@@ -62,6 +62,11 @@ class Calibration:
         depths = np.minimum(np.arange(cells_RK.shape[1]), MAX_DEPTH - 1)
         return (self.right_KM[depths, cells_RK] / self.total_KM[depths, cells_RK]).cumprod(axis=1)
 
+    def prob_at(self, depth: int, cells_R: np.ndarray) -> np.ndarray:
+        """[R] probability that guesses at one depth are right where all before them are."""
+        depth = min(depth, MAX_DEPTH - 1)
+        return self.right_KM[depth, cells_R] / self.total_KM[depth, cells_R]
+
     def record(self, cells_RK: np.ndarray, num_judged: np.ndarray, num_right: np.ndarray) -> None:
         """Of the first `num_judged[r]` guesses of row r the first `num_right[r]` were right and the next one, if judged, wrong;
         those after a wrong one tell nothing."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -31,6 +32,18 @@ logger = logging.getLogger(__name__)
 
 MAX_LOGITS = 2**25
 """Logits made at once: 128 MiB in float32."""
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What was generated since drafters were last retrained."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    """Of decoding."""
+
+    def clear(self) -> None:
+        self.tokens, self.seconds = 0, 0.0
 
 
 class RolloutEngine:
@@ -59,6 +72,9 @@ class RolloutEngine:
         """Figures of the last rollout, also of one that was interrupted."""
         self.scheduler: Scheduler | None = None
         self.runner: ModelRunner | None = None
+        self.between_rollouts: Callable[[RolloutEngine, bool], None] | None = None
+        """Called before each rollout, with whether the weights have changed: what retrains drafters."""
+        self.traffic = Traffic()
         self.num_rows = 0
         self.weights_changed = False
         """Set by whoever knows that the weights have changed; changes that show in them are found without it."""
@@ -69,9 +85,17 @@ class RolloutEngine:
 
     def refresh(self) -> None:
         """Take over the trainer's weights if they have changed since the last rollout."""
-        if self.view.refresh(force=self.weights_changed):
-            self.speculator.policy_updated()
+        start = time.perf_counter()
+        has_changed = self.view.refresh(force=self.weights_changed)
         self.weights_changed = False
+        refreshed = time.perf_counter()
+        if self.between_rollouts is not None:
+            self.between_rollouts(self, has_changed)
+        retrained = time.perf_counter()
+        if has_changed:
+            self.speculator.policy_updated()
+        self.stats.seconds["refresh"] += time.perf_counter() - start - (retrained - refreshed)
+        self.stats.seconds["retrain"] += retrained - refreshed
 
     @torch.inference_mode()
     def generate(self, requests: list[RolloutRequest], sampling: SamplingParams) -> list[Rollout]:
@@ -86,6 +110,7 @@ class RolloutEngine:
         if not requests:
             return []
         start = time.perf_counter() - self.unbilled_seconds
+        self.stats.seconds["refresh"] = self.unbilled_seconds
         self.unbilled_seconds = self.plain_decode_seconds = 0.0
         requests = self._checked(requests)
         sequences = self._make_sequences(requests, sampling)
@@ -94,7 +119,6 @@ class RolloutEngine:
         self.stats.prompt_tokens = sum(len(group.sequences[0].prompt_ids) for group in groups)
         try:
             self.refresh()
-            self.stats.seconds["refresh"] = time.perf_counter() - start
             self.wake(groups, sampling)
             while not self.scheduler.is_done:
                 self._step(sampling)
@@ -241,6 +265,8 @@ class RolloutEngine:
             stats.preemptions = self.scheduler.num_preemptions
             stats.kv_peak_bytes = self.scheduler.pool.peak_used * self.runner.kv_cache.shape.block_bytes
         self.sleep()
+        self.traffic.tokens += stats.completion_tokens
+        self.traffic.seconds += sum(stats.seconds[name] for name in ("draft", "verify", "sample"))
         stats.seconds["total"] = time.perf_counter() - start
         if self.speculator.drafters:
             stats.plain_seconds_estimate = (

@@ -84,7 +84,7 @@ class PolicyView:
         elif pack_linears and self.device.type == "cpu" and self.compute_dtype == torch.float32:
             self.fused = FusedDecoder.of(self.twin)
             if self.fused is None:
-                self._replace(is_linear, PackedLinear)
+                self._replace(PackedLinear.fits, PackedLinear)
                 self._replace(FastRMSNorm.fits, FastRMSNorm)
             else:
                 self.twin.set_output_embeddings(PackedLinear(self.twin.get_output_embeddings()))
@@ -154,6 +154,12 @@ class PolicyView:
         with self._autocast():
             logits_NV = self.twin.get_output_embeddings()(hidden_ND)
         return scale_logits(logits_NV, self.model.config)
+
+    @property
+    def scales_logits(self) -> bool:
+        """Whether logits are more than the output head's product."""
+        probe = torch.linspace(-2, 3, 8)
+        return not torch.equal(scale_logits(probe, self.model.config), probe)
 
     def packed_linears(self) -> list[PackedLinear]:
         """The packed products of one forward, in order, head included: what a bench times by themselves."""

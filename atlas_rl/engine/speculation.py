@@ -105,10 +105,17 @@ class Speculator:
             for drafter in self.active:
                 self._call(drafter, "release", sequences, finished)
 
-    def policy_updated(self) -> None:
-        self.controller.policy_updated()
+    def policy_updated(self, names: Rows[str] | None = None) -> None:
+        """Drafters take over new weights: all of them those of the policy, or some of them their own."""
+        if names is None:
+            self.controller.policy_updated()
         for drafter in self.active:
-            self._call(drafter, "policy_updated")
+            if names is None or drafter.name in names:
+                self._call(drafter, "policy_updated")
+
+    def reinstate(self, name: str) -> None:
+        """A benched drafter has got good weights: it takes part again, from the next rollout on."""
+        self.controller.benched.discard(name)
 
     # ---- one step --------------------------------------------------------------------------------------------------------
 

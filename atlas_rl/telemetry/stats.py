@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -18,6 +18,31 @@ class DrafterStats:
 
 
 @dataclass(slots=True, kw_only=True)
+class RetrainStats:
+    """Of updates of the adaptive drafter. Acceptance is in tokens per decode step at lookahead 4, on held-out completions."""
+
+    updates: int = 0
+    steps: int = 0
+    """Optimizer steps."""
+    seconds: float = 0.0
+    acceptance_before: float | None = None
+    """Of the latest update, as is the next."""
+    acceptance_after: float | None = None
+    kept: int = 0
+    """Updates that were not undone."""
+
+    @classmethod
+    def total(cls, parts: Iterable[RetrainStats]) -> RetrainStats:
+        result = cls()
+        for part in parts:
+            for name in ("updates", "steps", "seconds", "kept"):
+                setattr(result, name, getattr(result, name) + getattr(part, name))
+            if part.acceptance_before is not None:
+                result.acceptance_before, result.acceptance_after = part.acceptance_before, part.acceptance_after
+        return result
+
+
+@dataclass(slots=True, kw_only=True)
 class RolloutStats:
     num_prompts: int = 0
     num_completions: int = 0
@@ -25,7 +50,7 @@ class RolloutStats:
     """Each distinct prompt counted once: it is prefilled once."""
     completion_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """`total` and its parts: prefill, draft, verify, sample, refresh."""
+    """`total` and its parts: prefill, draft, verify, sample, refresh, retrain."""
     decode_steps: int = 0
     row_steps: int = 0
     """Sum over decode steps of the rows that took part."""
@@ -34,6 +59,10 @@ class RolloutStats:
     drafters: dict[str, DrafterStats] = field(default_factory=dict)
     arms: Counter[str] = field(default_factory=Counter)
     """Decode steps by who drafted: drafters' names joined by +, or `plain`."""
+    retrain: RetrainStats | None = None
+    """None where the adaptive drafter was not retrained before this rollout."""
+    draft_vocabulary: dict[str, float] = field(default_factory=dict)
+    """Size of the draft vocabulary, and the share of recent tokens that it covers, if there is one."""
     preemptions: int = 0
     kv_peak_bytes: int = 0
     plain_seconds_estimate: float | None = None
@@ -65,6 +94,9 @@ class RolloutStats:
                 mine.accepted += counts.accepted
             result.kv_peak_bytes = max(result.kv_peak_bytes, part.kv_peak_bytes)
             result.arms += part.arms
+            result.draft_vocabulary = part.draft_vocabulary or result.draft_vocabulary
+            if part.retrain is not None:
+                result.retrain = RetrainStats.total(r for r in (result.retrain, part.retrain) if r is not None)
             estimates.append(part.plain_seconds_estimate)
         if estimates and None not in estimates:
             result.plain_seconds_estimate = sum(estimates)
@@ -103,6 +135,10 @@ class RolloutStats:
             row["drafters"] = {name: _drafter_row(counts) for name, counts in self.drafters.items()}
         if self.arms:
             row["arms"] = dict(self.arms)
+        if self.draft_vocabulary:
+            row["draft_vocabulary"] = self.draft_vocabulary
+        if self.retrain is not None:
+            row["retrain"] = {k: round(v, 6) for k, v in asdict(self.retrain).items() if v is not None}
         if self.plain_seconds_estimate is not None and total > 0:
             row["plain_tokens_per_s_estimate"] = self.completion_tokens / self.plain_seconds_estimate
             row["speedup_estimate"] = self.plain_seconds_estimate / total

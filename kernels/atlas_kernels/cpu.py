@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import Structure, addressof, c_float, c_int64, c_void_p
 
 import torch
 
@@ -11,7 +11,9 @@ from atlas_kernels import native
 POINTER, INT, FLOAT = c_void_p, c_int64, c_float
 SIGNATURES = {
     "rms_norm": [POINTER] * 2 + [FLOAT] + [INT] * 2 + [POINTER],
-    "small_linear": [POINTER] * 4 + [INT, POINTER] + [INT] * 3 + [POINTER],
+    "packed_size": [INT] * 2,
+    "pack": [POINTER] + [INT] * 3 + [POINTER],
+    "packed_linear": [POINTER] * 2 + [INT] + [POINTER] * 2,
     "silu_mul": [POINTER] + [INT] * 2 + [POINTER],
     "rope_and_store": [POINTER] * 3 + [FLOAT] + [POINTER] * 6 + [INT] * 5,
     "store_kv": [POINTER] * 2 + [INT] * 2 + [POINTER] * 3 + [INT] * 4,
@@ -20,7 +22,7 @@ SIGNATURES = {
 }
 
 
-LIBRARY = native.Library(native.FOLDER / "cpu_ops.cpp", SIGNATURES)
+LIBRARY = native.Library(native.FOLDER / "cpu_ops.cpp", SIGNATURES, restypes={"packed_size": INT})
 
 
 def unavailable_reason() -> str | None:
@@ -40,41 +42,35 @@ def rms_norm(x_ND: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Te
     return out
 
 
-class SmallLinear:
-    """Products of a few rows with the float32 weights of one or several Linears over the same input, side by side.
+class PackedWeight(Structure):
+    """`atlas::Weight`: the float32 weights of one or several Linears over the same input, side by side, packed into panels.
 
-    Reads the weights where they are, each once: nothing to pack, and at one row as fast as memory gives them.
+    A copy of the weights. Each row of a product is the same to the last bit whatever rows it is computed with.
     """
 
-    def __init__(self, weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> None:
-        assert all(w.is_contiguous() and w.dtype == torch.float32 for w in weights)
-        self.tensors = (weights, biases)  # the pointers below are theirs
-        self.pointers = (POINTER * len(weights))(*(w.data_ptr() for w in weights))
-        self.biases = (POINTER * len(weights))(*(None if b is None else b.data_ptr() for b in biases))
-        self.widths = (INT * len(weights))(*(len(w) for w in weights))
-        self.width = sum(self.widths)
+    _fields_ = [("panels", POINTER), ("in_features", INT), ("out_features", INT), ("bias", POINTER)]
 
-    @staticmethod
-    def fits(weight: torch.Tensor) -> bool:
-        return weight.dtype == torch.float32 and weight.shape[1] % 16 == 0 and weight.is_contiguous()
+    def __init__(self, weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> None:
+        width, size = sum(map(len, weights)), weights[0].shape[1]
+        panels, bias = weights[0].new_zeros(LIBRARY.functions.packed_size(size, width)), None
+        if any(b is not None for b in biases):
+            bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)])
+        column = 0
+        for weight in weights:
+            weight = weight.contiguous()
+            LIBRARY.functions.pack(weight.data_ptr(), *weight.shape, column, panels.data_ptr())
+            column += len(weight)
+        super().__init__(panels.data_ptr(), size, width, None if bias is None else bias.data_ptr())
+        self.tensors = (panels, bias)  # the pointers are theirs
+        self.address = addressof(self)
 
     def __call__(self, x_ND: torch.Tensor, residual_NO: torch.Tensor | None = None) -> torch.Tensor:
-        """See `reference.small_linear`."""
-        num_tokens, size = x_ND.shape
-        out = x_ND.new_empty(num_tokens, self.width)
+        """See `reference.packed_linear`."""
+        x_ND = x_ND.contiguous()
+        num_tokens = len(x_ND)
+        out = x_ND.new_empty(num_tokens, self.out_features)
         residual = None if residual_NO is None else residual_NO.data_ptr()
-        LIBRARY.functions.small_linear(
-            x_ND.data_ptr(),
-            self.pointers,
-            self.biases,
-            self.widths,
-            len(self.widths),
-            residual,
-            num_tokens,
-            size,
-            self.width,
-            out.data_ptr(),
-        )
+        LIBRARY.functions.packed_linear(self.address, x_ND.data_ptr(), num_tokens, residual, out.data_ptr())
         return out
 
 

@@ -3,6 +3,8 @@
 // Letters in names: N tokens, R rows, H KV heads, D head dim, S slots per block, V vocabulary. One layer of the KV cache is
 // [2 (keys, values), blocks, H, S, D]. Loops share torch's OpenMP threads; small ones stay on the calling thread.
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -11,6 +13,7 @@
 #include <vector>
 
 #include "noise.h"
+#include "panels.h"
 
 namespace {
 
@@ -177,41 +180,6 @@ AttendTile attend_for(int64_t head_dim) {
     }
 }
 
-// OUTPUTS rows of the weight times TOKENS rows of x, each weight read once.
-template <int OUTPUTS, int TOKENS>
-void product(const float* x, const float* weight, int64_t size, float* out, int64_t out_stride, const float* bias,
-             const float* residual) {
-    Vec total[OUTPUTS][TOKENS] = {};
-    for (int64_t k = 0; k < size; k += LANES) {
-        Vec part[TOKENS];
-#pragma GCC unroll 8
-        for (int n = 0; n < TOKENS; n++) part[n] = load(x + n * size + k);
-#pragma GCC unroll 8
-        for (int o = 0; o < OUTPUTS; o++) {
-            const Vec w = load(weight + o * size + k);
-#pragma GCC unroll 8
-            for (int n = 0; n < TOKENS; n++) total[o][n] += w * part[n];
-        }
-    }
-    for (int o = 0; o < OUTPUTS; o++)
-        for (int n = 0; n < TOKENS; n++) {
-            const float added = (bias ? bias[o] : 0.0f) + (residual ? residual[n * out_stride + o] : 0.0f);
-            out[n * out_stride + o] = sum(total[o][n]) + added;
-        }
-}
-
-template <int TOKENS>
-void product_of(const float* x, const float* weight, int64_t size, float* out, int64_t out_stride, int64_t from, int64_t to,
-                const float* bias, const float* residual) {
-    int64_t o = from;
-    for (; o + 4 <= to; o += 4)
-        product<4, TOKENS>(x, weight + o * size, size, out + o, out_stride, bias ? bias + o : nullptr,
-                           residual ? residual + o : nullptr);
-    for (; o < to; o++)
-        product<1, TOKENS>(x, weight + o * size, size, out + o, out_stride, bias ? bias + o : nullptr,
-                           residual ? residual + o : nullptr);
-}
-
 }  // namespace
 
 extern "C" {
@@ -221,25 +189,17 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t num_tokens
     for (int64_t n = 0; n < num_tokens; n++) normalise(x + n * size, weight, eps, size, out + n * size);
 }
 
-void small_linear(const float* x, const float* const* weights, const float* const* biases, const int64_t* widths,
-                  int64_t num_weights, const float* residual, int64_t num_tokens, int64_t size, int64_t out_stride, float* out) {
-#pragma omp parallel if (out_stride * size >= 4 * PARALLEL_WORK)
-    for (int64_t i = 0, column = 0; i < num_weights; column += widths[i++]) {
-#pragma omp for schedule(static) nowait
-        for (int64_t from = 0; from < widths[i]; from += 32) {
-            const int64_t to = std::min(widths[i], from + 32);
-            for (int64_t n = 0; n < num_tokens; n += 4) {
-                const float* xs = x + n * size;
-                float* outs = out + n * out_stride + column;
-                const float* added = residual ? residual + n * out_stride + column : nullptr;
-                switch (std::min<int64_t>(4, num_tokens - n)) {
-                    case 1: product_of<1>(xs, weights[i], size, outs, out_stride, from, to, biases[i], added); break;
-                    case 2: product_of<2>(xs, weights[i], size, outs, out_stride, from, to, biases[i], added); break;
-                    case 3: product_of<3>(xs, weights[i], size, outs, out_stride, from, to, biases[i], added); break;
-                    default: product_of<4>(xs, weights[i], size, outs, out_stride, from, to, biases[i], added);
-                }
-            }
-        }
+int64_t packed_size(int64_t size, int64_t num_outputs) { return atlas::packed_size(size, num_outputs); }
+
+void pack(const float* weight, int64_t num_outputs, int64_t size, int64_t first_output, float* panels) {
+    atlas::pack(weight, num_outputs, size, first_output, panels);
+}
+
+void packed_linear(const atlas::Weight* weight, const float* x, int64_t num_tokens, const float* residual, float* out) {
+#pragma omp parallel if (std::max<int64_t>(4, num_tokens) * weight->in * weight->out >= 16 * PARALLEL_WORK)
+    {
+        const auto [first, last] = atlas::share_of(atlas::num_panels(weight->out), omp_get_thread_num(), omp_get_num_threads());
+        atlas::product(*weight, first, last, x, weight->in, num_tokens, out, weight->out, residual);
     }
 }
 

@@ -27,6 +27,7 @@ constexpr int REGISTER = 16, MAX_ROWS = 12;  // floats per register; 24 of 32 re
 constexpr int REGISTER = 8, MAX_ROWS = 6;  // 12 of 16
 #endif
 constexpr int PANEL = 2 * REGISTER;
+constexpr int AHEAD = 4096;  // floats between what is read and what is prefetched
 
 struct Weight {
     const float* panels;
@@ -60,58 +61,50 @@ typedef float VecU __attribute__((vector_size(4 * REGISTER), aligned(4)));
 inline Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
 
-// ROWS rows of x times PANELS panels.
-template <int ROWS, int PANELS>
+// ROWS rows of x times one panel.
+template <int ROWS>
 void tile(const Weight& weight, int64_t panel, const float* x, int64_t x_stride, float* out, int64_t out_stride,
           const float* residual) {
-    constexpr int VECS = 2 * PANELS;
-    const int64_t pitch = PANEL * weight.in;
-    const float* w = weight.panels + panel * pitch;
-    Vec total[ROWS][VECS] = {};
+    const float* w = weight.panels + panel * PANEL * weight.in;
+    Vec total[ROWS][2] = {};
     for (int64_t k = 0; k < weight.in; k++, w += PANEL) {
-        Vec part[VECS];
-#pragma GCC unroll 8
-        for (int v = 0; v < VECS; v++) part[v] = load(w + v / 2 * pitch + v % 2 * REGISTER);
+        // the processor fetches ahead far enough until there is this much to do per vector
+        if (ROWS > MAX_ROWS / 2)
+            for (int v = 0; v < 2; v++) __builtin_prefetch(w + AHEAD + v * REGISTER, 0, 2);
+        Vec part[2] = {load(w), load(w + REGISTER)};
+#ifdef __x86_64__
+        if (ROWS > 1) asm("" : "+v"(part[0]), "+v"(part[1]));  // GCC would read them again for each of up to four rows
+#endif
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; r++) {
             const float xk = x[r * x_stride + k];
-#pragma GCC unroll 8
-            for (int v = 0; v < VECS; v++) total[r][v] += part[v] * xk;
+            total[r][0] += part[0] * xk;
+            total[r][1] += part[1] * xk;
         }
     }
-    for (int v = 0; v < VECS; v++) {
-        const int64_t column = panel * PANEL + v * REGISTER, count = std::min<int64_t>(REGISTER, weight.out - column);
-        for (int r = 0; r < ROWS; r++) {
-            float* to = out + r * out_stride + column;
-            const float* more = residual ? residual + r * out_stride + column : nullptr;
-            if (count == REGISTER) {
-                Vec sum = total[r][v];
-                if (weight.bias) sum += load(weight.bias + column);
-                store(to, more ? sum + load(more) : sum);
-            } else {
-                for (int64_t i = 0; i < count; i++)
-                    to[i] = total[r][v][i] + (weight.bias ? weight.bias[column + i] : 0.0f) + (more ? more[i] : 0.0f);
+    const int64_t column = panel * PANEL, count = std::min<int64_t>(PANEL, weight.out - column);
+    const float* bias = weight.bias ? weight.bias + column : nullptr;
+    for (int r = 0; r < ROWS; r++) {
+        float* to = out + r * out_stride + column;
+        const float* more = residual ? residual + r * out_stride + column : nullptr;
+        if (count == PANEL) {
+            for (int v = 0; v < 2; v++) {
+                if (bias) total[r][v] += load(bias + v * REGISTER);
+                if (more) total[r][v] += load(more + v * REGISTER);
+                store(to + v * REGISTER, total[r][v]);
             }
+        } else {
+            for (int64_t i = 0; i < count; i++)
+                to[i] = total[r][i / REGISTER][i % REGISTER] + (bias ? bias[i] : 0.0f) + (more ? more[i] : 0.0f);
         }
     }
 }
 
-// Fewer rows take more panels at once: a multiply-add's result can be added to only four cycles later.
-template <int ROWS>
-void tiles(const Weight& weight, int64_t first, int64_t last, const float* x, int64_t x_stride, float* out,
-           int64_t out_stride, const float* residual) {
-    constexpr int AT_ONCE = ROWS == 1 ? 4 : ROWS <= MAX_ROWS / 3 ? 2 : 1;
-    int64_t panel = first;
-    for (; panel + AT_ONCE <= last; panel += AT_ONCE)
-        tile<ROWS, AT_ONCE>(weight, panel, x, x_stride, out, out_stride, residual);
-    for (; panel < last; panel++) tile<ROWS, 1>(weight, panel, x, x_stride, out, out_stride, residual);
-}
-
-using Tiles = void (*)(const Weight&, int64_t, int64_t, const float*, int64_t, float*, int64_t, const float*);
+using Tile = void (*)(const Weight&, int64_t, const float*, int64_t, float*, int64_t, const float*);
 
 template <int... I>
-Tiles tiles_of(int rows, std::integer_sequence<int, I...>) {
-    static constexpr Tiles all[] = {tiles<I + 1>...};
+Tile tile_of(int64_t rows, std::integer_sequence<int, I...>) {
+    static constexpr Tile all[] = {tile<I + 1>...};
     return all[rows - 1];
 }
 
@@ -122,13 +115,13 @@ Tiles tiles_of(int rows, std::integer_sequence<int, I...>) {
 inline void product(const Weight& weight, int64_t first, int64_t last, const float* x, int64_t x_stride, int64_t rows, float* out,
                     int64_t out_stride, const float* residual = nullptr) {
     using namespace panels_detail;
-    const int64_t blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;  // as even as can be
-    for (int64_t panel = first; panel < last; panel = blocks > 1 ? panel + 1 : last)
+    const int64_t blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    for (int64_t panel = first; panel < last; panel++)
         for (int64_t b = 0; b < blocks; b++) {
-            const auto [from, to] = share_of(rows, b, blocks);
-            tiles_of((int)(to - from), std::make_integer_sequence<int, MAX_ROWS>())(
-                weight, panel, blocks > 1 ? panel + 1 : last, x + from * x_stride, x_stride, out + from * out_stride,
-                out_stride, residual ? residual + from * out_stride : nullptr);
+            const auto [from, to] = share_of(rows, b, blocks);  // blocks as even as can be
+            tile_of(to - from, std::make_integer_sequence<int, MAX_ROWS>())(
+                weight, panel, x + from * x_stride, x_stride, out + from * out_stride, out_stride,
+                residual ? residual + from * out_stride : nullptr);
         }
 }
 

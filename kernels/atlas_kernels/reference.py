@@ -69,7 +69,7 @@ def rms_norm(x_ND: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Te
     return torch.rms_norm(x_ND, weight_D.shape, weight_D, eps)
 
 
-def small_linear(
+def packed_linear(
     x_ND: torch.Tensor,
     weights: list[torch.Tensor],
     biases: list[torch.Tensor | None],

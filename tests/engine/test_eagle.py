@@ -26,11 +26,7 @@ def make_policy(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
 
 def make_head(policy: LlamaForCausalLM, **options) -> EagleHead:
     torch.manual_seed(1)
-    head = EagleHead.for_policy(policy.config, LAYERS, **options)
-    for parameter in head.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
-    return head.to(policy.dtype)
+    return EagleHead.for_policy(policy.config, LAYERS, **options).to(policy.dtype)
 
 
 class Recorded(EagleDrafter):

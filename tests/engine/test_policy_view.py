@@ -107,6 +107,7 @@ def test_fused_layers_compute_what_the_modules_compute(name: str, monkeypatch):
         torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=1e-4)
 
 
+@pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=f"{cpu.unavailable_reason()}")
 @pytest.mark.parametrize("num_rows", [1, 2, 4, 5])
 def test_a_packed_linear_takes_any_layout(num_rows: int):
     """Rows that lie apart in memory, and dimensions before them."""

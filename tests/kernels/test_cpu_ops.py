@@ -67,16 +67,27 @@ def test_rms_norm_and_silu_mul(num_tokens: int, size: int):
     torch.testing.assert_close(cpu.silu_mul(gate_up), reference.silu_mul(gate_up))
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 4, 5, 6, 7, 12, 13, 25, 70])
 @pytest.mark.parametrize("widths", [(3,), (64,), (97, 32, 33), (512, 256)])
+@pytest.mark.parametrize("size", [1, 37, 256])
 @pytest.mark.parametrize("residual", [False, True])
-def test_small_linear(num_tokens: int, widths: tuple[int, ...], residual: bool):
-    x = randn(num_tokens, 256)
-    weights = [randn(width, 256) for width in widths]
+def test_packed_linear(num_tokens: int, widths: tuple[int, ...], size: int, residual: bool):
+    x = randn(size, num_tokens).T
+    weights = [randn(width, size) for width in widths]
     biases = [randn(width) if i % 2 == 0 else None for i, width in enumerate(widths)]
     added = randn(num_tokens, sum(widths)) if residual else None
-    got = cpu.SmallLinear(weights, biases)(x, added)
-    torch.testing.assert_close(got, reference.small_linear(x, weights, biases, added), rtol=1e-5, atol=1e-4)
+    for some in (biases, [None] * len(widths)):
+        got = cpu.PackedWeight(weights, some)(x, added)
+        torch.testing.assert_close(got, reference.packed_linear(x, weights, some, added), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_tokens", [2, 5, 12, 64])
+def test_a_row_of_a_packed_linear_is_the_same_in_any_batch(num_tokens: int):
+    x, added = randn(num_tokens, 384), randn(num_tokens, 300)
+    packed = cpu.PackedWeight([randn(200, 384), randn(100, 384)], [None, randn(100)])
+    together = packed(x, added)
+    for n in range(num_tokens):
+        assert torch.equal(together[n : n + 1], packed(x[n : n + 1], added[n : n + 1]))
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 80])

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from helpers import tiny_llama
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from atlas_rl.drafters import checkpoints
 from atlas_rl.drafters.checkpoints import load_head, save_head
 from atlas_rl.drafters.eagle import EagleDrafter, EagleHead
-from atlas_rl.drafters.heads import DraftHead, Windows
+from atlas_rl.drafters.heads import Windows
+from atlas_rl.drafters.recurrent_head import RecurrentHead
 from atlas_rl.engine.policy_view import PolicyView
 
 SIZE, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB, DRAFT_VOCAB, EPS, THETA = 64, 4, 2, 16, 96, 97, 40, 1e-5, 5000.0
@@ -33,6 +33,10 @@ LAYER = {
     "rope_theta": THETA,
     "vocab_size": VOCAB,
 }
+
+
+def make_head(policy, **options) -> EagleHead:
+    return EagleHead.for_policy(policy.config, (0, 2, 3), **options)
 
 
 def foreign_tensors(layer: str) -> dict[str, torch.Tensor]:
@@ -168,7 +172,7 @@ def test_foreign_checkpoints_compute_what_vllm_computes(tmp_path, make, norm_bef
 def test_round_trip(tmp_path, layout, own):
     policy = tiny_llama(num_hidden_layers=4)
     options = {"draft_vocab_size": 20, "own_embedding": True, "norm_before_residual": True} if own else {}
-    head = EagleHead.for_policy(policy.config, (0, 2, 3), **options)
+    head = make_head(policy, **options)
     if own:
         head.draft_ids = torch.arange(20) * 3 + 1
     weight = policy.get_output_embeddings().weight
@@ -185,7 +189,7 @@ def test_round_trip(tmp_path, layout, own):
 @pytest.mark.parametrize("layout", ["specforge", "speculators"])
 def test_what_is_written_is_what_other_engines_read(tmp_path, layout):
     policy = tiny_llama(num_hidden_layers=4)
-    head = EagleHead.for_policy(policy.config, (0, 2, 3))
+    head = make_head(policy)
     weight = policy.get_output_embeddings().weight
     save_head(head, tmp_path / "head", output_head=weight, layout=layout)
     config = json.loads((tmp_path / "head" / "config.json").read_text())
@@ -204,29 +208,19 @@ def test_what_is_written_is_what_other_engines_read(tmp_path, layout):
         assert config["speculators_config"]["algorithm"] == "eagle3" and config["norm_before_residual"] is False
 
 
-class TinyHead(DraftHead):
-    kind = "tiny"
-
-    def __init__(self, *, size: int) -> None:
-        super().__init__()
-        self.layers = ()
-        self.linear = nn.Linear(size, size)
-
-    def config_dict(self):
-        return {"size": self.linear.in_features}
-
-
-def test_our_own_kinds_are_found_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "head_kinds", lambda: {"tiny": TinyHead})
-    head = TinyHead(size=3)
+def test_our_own_kinds_are_found_by_name(tmp_path):
+    head = RecurrentHead.for_policy(PolicyView(tiny_llama()))
     save_head(head, tmp_path / "head")
+    before = torch.get_rng_state()
     again = load_head(tmp_path / "head")
-    assert isinstance(again, TinyHead) and torch.equal(again.linear.weight, head.linear.weight)
+    assert torch.equal(torch.get_rng_state(), before), "the trainer's random numbers are its own"
+    assert isinstance(again, RecurrentHead) and again.config_dict() == head.config_dict()
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), head.state_dict().values(), strict=True))
     write(tmp_path / "other", {"atlas_kind": "unheard-of"}, {})
-    with pytest.raises(ValueError, match="'unheard-of' is unknown; known are tiny"):
+    with pytest.raises(ValueError, match="'unheard-of' is unknown; known are eagle, recurrent"):
         load_head(tmp_path / "other")
-    write(tmp_path / "newer", {"atlas_kind": "tiny", "size": 3, "depth": 2}, {})
-    with pytest.raises(ValueError, match="does not describe a tiny head.*depth"):
+    write(tmp_path / "newer", head.config_dict() | {"atlas_kind": "recurrent", "depth": 2}, {})
+    with pytest.raises(ValueError, match="does not describe a recurrent head.*depth"):
         load_head(tmp_path / "newer")
 
 
@@ -302,7 +296,7 @@ def test_damaged_files_are_named(tmp_path):
 
 
 def test_a_failed_save_leaves_the_old_head(tmp_path, monkeypatch):
-    head = EagleHead.for_policy(tiny_llama().config)
+    head = make_head(tiny_llama(num_hidden_layers=4))
     save_head(head, tmp_path / "head")
 
     def fail(*args, **kwargs):

@@ -1,0 +1,119 @@
+"""The drafters of one served model, and what keeps them up to date: called by the engine between rollouts."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable
+
+from atlas_rl.adapt.retrainer import Retrainer
+from atlas_rl.config import AtlasConfig
+from atlas_rl.drafters import Drafters
+from atlas_rl.engine.engine import RolloutEngine
+from atlas_rl.telemetry.stats import RetrainStats
+
+logger = logging.getLogger(__name__)
+
+DISTILL_STEPS = 800
+"""Optimizer steps after which a new head guesses well enough to be used, and a frozen copy of it becomes the static drafter."""
+DISTILL_SHARE = 0.25
+"""Of the time between two updates, while a new head is being made."""
+EXPECTED_SAVING = 0.15
+"""Of decoding, that a new head is taken to bring: what it has to earn back is known only when it is there."""
+MIN_RETURN = 2.0
+"""Projected savings over cost from which on a head is made."""
+
+
+class Adaptation:
+    """Between rollouts: makes a head where there is none and one would pay, retrains it at each policy update, and without
+    updates after some traffic.
+
+    Args:
+        remaining: policy updates to come; None where nobody knows: then as much is expected as has been.
+    """
+
+    def __init__(
+        self, config: AtlasConfig, drafters: Drafters, *, remaining: Callable[[], float] | None = None, seed: int = 0
+    ) -> None:
+        self.config, self.drafters = config, drafters
+        self.remaining = remaining
+        self.retrainer: Retrainer | None = None
+        if drafters.adaptive is not None and config.retrain != "never":
+            self.retrainer = Retrainer(
+                drafters.adaptive, config.adapt, config.retrain, deterministic=config.deterministic, seed=seed
+            )
+        self.distill_steps_left = DISTILL_STEPS if drafters.is_new else 0
+        self.last_update = time.perf_counter()
+        self.num_updates = 0
+        self.is_distilling = False
+
+    def attach(self, engine: RolloutEngine) -> None:
+        """Serve an engine that was built with these drafters."""
+        engine.between_rollouts = self.refreshed
+        if self.distill_steps_left:
+            engine.controller.benched.update(d.name for d in self.drafters.of_new_head)
+
+    def refreshed(self, engine: RolloutEngine, has_changed: bool) -> None:
+        """The view has the policy's current weights, which may be other than they were."""
+        if self.retrainer is None:
+            return
+        traffic = engine.traffic
+        if not (has_changed or traffic.tokens >= self.config.adapt.tokens_per_update):
+            return
+        if not traffic.tokens:
+            return
+        now = time.perf_counter()
+        interval, self.last_update = now - self.last_update, now
+        self.num_updates += 1
+        remaining = self.remaining() if self.remaining is not None else float(self.num_updates)
+        if self.distill_steps_left:
+            stats = self._distill(engine, interval, traffic.seconds, remaining)
+        else:
+            stats = self.retrainer.update(
+                engine.view, interval_seconds=interval, rollout_seconds=traffic.seconds, remaining=remaining
+            )
+        traffic.clear()
+        if stats is not None:
+            engine.stats.retrain = stats
+            if stats.kept and not self.distill_steps_left:
+                engine.speculator.reinstate(self.drafters.adaptive.name)
+            if not has_changed:  # or else all drafters take over the policy's new weights anyway
+                engine.speculator.policy_updated([self.drafters.adaptive.name])
+
+    # ---- a head of our own -----------------------------------------------------------------------------------------------
+
+    def _distill(
+        self, engine: RolloutEngine, interval: float, rollout_seconds: float, remaining: float
+    ) -> RetrainStats | None:
+        """Train the new head a little more, if it is going to pay."""
+        retrainer = self.retrainer
+        deterministic = self.config.deterministic
+        if not self.is_distilling:
+            cost = self.distill_steps_left * (retrainer.budget.step_seconds or 0.0)
+            saving = EXPECTED_SAVING * rollout_seconds * remaining
+            if not deterministic and retrainer.budget.step_seconds is not None and saving < MIN_RETURN * cost:
+                retrainer.capture.begin()
+                return None
+            self.is_distilling = retrainer.budget.step_seconds is not None or deterministic
+        steps = retrainer.budget.deterministic_steps or 1
+        if self.is_distilling and not deterministic:
+            steps = max(1, int(DISTILL_SHARE * interval / retrainer.budget.step_seconds))
+        stats = retrainer.train(engine.view, min(steps, self.distill_steps_left))
+        if stats is None:
+            return None
+        self.distill_steps_left -= stats.steps
+        if not self.distill_steps_left:
+            self._adopt(engine)
+        return stats
+
+    def _adopt(self, engine: RolloutEngine) -> None:
+        """The head is made: it goes on as the adaptive drafter, and a frozen copy of it as the static one."""
+        logger.info(
+            "a static drafter was distilled from the policy's own rollouts in %.1f s", self.retrainer.totals.seconds
+        )
+        weights = copy.deepcopy(self.drafters.adaptive.head.state_dict())
+        for drafter in self.drafters.of_new_head:
+            drafter.head.load_state_dict(weights)
+            engine.speculator.reinstate(drafter.name)
+            engine.speculator.policy_updated([drafter.name])

@@ -1,0 +1,83 @@
+"""How much retraining pays for itself: the gain that recent updates have measured, against what they cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+HORIZON = 8.0
+"""Rollouts over which what a drafter has learned lasts, where the policy goes on moving."""
+DECAY = 0.6
+"""Per update, of what earlier ones have measured."""
+LONGEST_PAUSE = 16
+
+
+class RetrainBudget:
+    """Decides the optimizer steps of the next update. Numbers only: seconds in, steps out.
+
+    Args:
+        max_share: of an RL step that retraining may take at most. deterministic_steps: if given, the answer is always this.
+    """
+
+    def __init__(self, max_share: float, deterministic_steps: int | None = None) -> None:
+        self.max_share = max_share
+        self.deterministic_steps = deterministic_steps
+        self.steps = 4.0
+        """Of the next update; below one, updates are skipped: a half is every second one."""
+        self.owed = 1.0
+        """Share of an optimizer step that waits to be done; at one it is."""
+        self.step_seconds: float | None = None
+        self.fixed_seconds = 0.0
+        """Of an update beside its steps: validation, taking the weights over."""
+        self.return_on_cost: float | None = None
+        """Seconds that updates save over what they cost, decayed."""
+
+    def choose(self, interval_seconds: float, remaining_updates: float) -> int:
+        """Steps for an update, where updates are so far apart and so many more will come."""
+        if self.deterministic_steps is not None:
+            return self.deterministic_steps
+        if remaining_updates < 1:
+            return 0
+        allowed = self.steps
+        if self.step_seconds is not None:
+            room = self.max_share * interval_seconds - self.fixed_seconds
+            allowed = min(allowed, max(room / self.step_seconds, 0.25 / LONGEST_PAUSE))
+        if allowed >= 1:
+            return int(allowed)
+        self.owed += max(allowed, 1 / LONGEST_PAUSE)
+        if self.owed < 1:
+            return 0
+        self.owed -= 1
+        return 1
+
+    def record(
+        self,
+        steps: int,
+        step_seconds: float,
+        fixed_seconds: float,
+        gain: float,
+        rollout_seconds: float,
+        remaining: float,
+    ) -> None:
+        """An update of so many steps made drafts' tokens per step better by this relative gain, of which a rollout that takes
+        so long profits, and those after it."""
+        self.step_seconds = _blend(self.step_seconds, step_seconds)
+        self.fixed_seconds = _blend(self.fixed_seconds or None, fixed_seconds)
+        saved = gain / (1 + gain) * rollout_seconds * min(HORIZON, remaining)
+        returned = saved / (steps * step_seconds + fixed_seconds)
+        self.return_on_cost = _blend(self.return_on_cost, returned)
+        if self.return_on_cost > 1.5:
+            self.steps *= 2
+        elif self.return_on_cost < 1.0:
+            self.steps /= 2
+        self.steps = min(max(self.steps, 1 / LONGEST_PAUSE), 4096.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        settings = {"max_share", "deterministic_steps"}
+        vars(self).update({name: value for name, value in state.items() if name not in settings})
+
+
+def _blend(old: float | None, new: float) -> float:
+    return new if old is None else DECAY * old + (1 - DECAY) * new

@@ -1,0 +1,49 @@
+"""Draft vocabulary: the token ids that recent rollouts use. A guess outside it is never made, its score never computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+COVERAGE = 0.9995
+"""Share of recent tokens that the vocabulary has to hold; a token outside it costs the rest of a draft."""
+MIN_TOKENS = 20_000
+"""Until so many have been seen, every id is in it."""
+HALF_LIFE_TOKENS = 200_000.0
+MULTIPLE = 32
+"""Ids are rounded up to the width of a packed product."""
+
+
+class DraftVocabulary:
+    """Counts emitted tokens between policy updates and chooses the ids at an update.
+
+    Args:
+        size: of the policy's vocabulary.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.counts_V = np.zeros(size)
+        self.ids = np.arange(size)
+        """[n] int64, sorted."""
+
+    @property
+    def coverage(self) -> float:
+        """Share of the counted tokens that is in the vocabulary."""
+        total = self.counts_V.sum()
+        return float(self.counts_V[self.ids].sum() / total) if total else 1.0
+
+    def count(self, completions: Iterable[list[int]]) -> None:
+        tokens = np.concatenate([np.array(ids, np.int64) for ids in completions])
+        self.counts_V += np.bincount(tokens, minlength=self.size)
+
+    def choose(self) -> None:
+        total = self.counts_V.sum()
+        if total < MIN_TOKENS:
+            return
+        order = np.argsort(-self.counts_V, kind="stable")
+        needed = int(np.searchsorted(self.counts_V[order].cumsum(), COVERAGE * total)) + 1
+        self.ids = np.sort(order[: min(self.size, -(-needed // MULTIPLE) * MULTIPLE)]).astype(np.int64)
+        if total > HALF_LIFE_TOKENS:
+            self.counts_V /= 2
