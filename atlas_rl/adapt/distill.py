@@ -47,7 +47,7 @@ EVALUATION_STARTS = 16
 DEEPER_FROM = 0.6
 LR_POWER = 0.7
 """The learning rate falls as (1 - progress)^this."""
-BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}, {postfix}"
+BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

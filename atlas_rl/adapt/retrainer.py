@@ -181,7 +181,7 @@ class Retrainer:
 
     def _measure(self, held_out: Replay, ends: PolicyEnds) -> Acceptance:
         windows = held_out.tiles(HELD_OUT_STARTS + JUDGED_LOOKAHEAD, JUDGED_LOOKAHEAD).rows(slice(HELD_OUT_WINDOWS))
-        return measure(self.drafter.head, [windows], ends, self.drafter.sampling, depth=JUDGED_LOOKAHEAD)
+        return measure(self.drafter.head, windows, ends, self.drafter.sampling, depth=JUDGED_LOOKAHEAD)
 
     @staticmethod
     def _tokens(acceptance: Acceptance) -> float:
