@@ -40,7 +40,7 @@ STEPS_OVER_EVALUATIONS = 15
 """Time between evaluations, in times that one takes, at least."""
 EVALUATION_WINDOWS = 96
 """For the evaluations on the way; the last one takes all."""
-JUDGED_LOOKAHEAD = 4
+JUDGED_LOOKAHEAD = 6
 """The best head is the one with the most tokens per step at this lookahead."""
 EVALUATION_STARTS = 16
 """Of a held-out window."""
@@ -62,13 +62,13 @@ class DistillConfig:
     warmup_steps: int = 50
     weight_decay: float = 0.01
     starts_per_step: int = 512
-    starts_per_window: int = 8
+    starts_per_window: int = 1
     """Neighbours share what is computed per token; a head with attention needs windows as wide as what it is to see."""
     depths: tuple[int, int] = (4, 6)
     """Of the drafts that it learns from: up to DEEPER_FROM of the budget, and then. Deeper ones teach less per second."""
     prompts_per_round: int = 256
     """Answered at once, when more is needed; the first rounds are smaller, so that learning starts soon."""
-    reuse: float = 4.0
+    reuse: float = 10.0
     """Times that each place is learned from, on average, before there are more rollouts."""
     max_gib: float = 2.0
     """Of replayed features in memory, the newest."""

@@ -20,7 +20,8 @@ def is_linear(module: nn.Module) -> bool:
 class PackedLinear(nn.Module):
     """One or several float32 Linears over the same input as one product, on CPU: outputs side by side.
 
-    At 5 to 16 rows up to three times as fast as `F.linear` and twice as fast as oneDNN's packed product; as fast as they at many.
+    Against oneDNN's packed product, weights of 0.06 to 2 million elements, 2 threads: 1.3 to 3 times as fast at 5 to 16 rows, as
+    fast from about a hundred on.
     """
 
     def __init__(self, *sources: nn.Linear) -> None:

@@ -4,7 +4,7 @@
 // broadcasts of x times vectors of the panel, added up in registers; every weight is read once per tile. Each result is one
 // chain of multiply-adds over the inputs in order: a row's results are the same to the last bit however many rows there are.
 //
-// How to call it: allocate `packed_size(in, out)` floats, `pack` one or several weights into them side by side, make a
+// How to call it: allocate `packed_size(in, out)` floats, all zero, `pack` one or several weights into them side by side, make a
 // `Weight`, and share its `num_panels(out)` panels among the threads of a parallel region (no barrier inside):
 //
 //     #pragma omp parallel
@@ -16,7 +16,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <utility>
 
 namespace atlas {
@@ -38,7 +37,7 @@ struct Weight {
 inline int64_t num_panels(int64_t out) { return (out + PANEL - 1) / PANEL; }
 inline int64_t packed_size(int64_t in, int64_t out) { return num_panels(out) * PANEL * in; }
 
-// The row-major weight [out, in] as the outputs from `column` on. Outputs of the last panel that no weight fills must be zero.
+// The row-major weight [out, in] as the outputs from `column` on.
 inline void pack(const float* weight, int64_t out, int64_t in, int64_t column, float* panels) {
     for (int64_t o = 0; o < out;) {
         const int64_t lane = (column + o) % PANEL, count = std::min(PANEL - lane, out - o);
@@ -56,7 +55,7 @@ inline std::pair<int64_t, int64_t> share_of(int64_t count, int64_t thread, int64
 namespace panels_detail {
 
 typedef float Vec __attribute__((vector_size(4 * REGISTER)));
-typedef float VecU __attribute__((vector_size(4 * REGISTER), aligned(4)));
+typedef float VecU __attribute__((vector_size(4 * REGISTER), aligned(4)));  // for unaligned memory
 
 inline Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
@@ -68,7 +67,7 @@ void tile(const Weight& weight, int64_t panel, const float* x, int64_t x_stride,
     const float* w = weight.panels + panel * PANEL * weight.in;
     Vec total[ROWS][2] = {};
     for (int64_t k = 0; k < weight.in; k++, w += PANEL) {
-        // the processor fetches ahead far enough until there is this much to do per vector
+        // with fewer rows the processor's own prefetching keeps up, and ours would only take its load slots
         if (ROWS > MAX_ROWS / 2)
             for (int v = 0; v < 2; v++) __builtin_prefetch(w + AHEAD + v * REGISTER, 0, 2);
         Vec part[2] = {load(w), load(w + REGISTER)};
@@ -103,7 +102,7 @@ void tile(const Weight& weight, int64_t panel, const float* x, int64_t x_stride,
 using Tile = void (*)(const Weight&, int64_t, const float*, int64_t, float*, int64_t, const float*);
 
 template <int... I>
-Tile tile_of(int64_t rows, std::integer_sequence<int, I...>) {
+static Tile tile_of(int64_t rows, std::integer_sequence<int, I...>) {
     static constexpr Tile all[] = {tile<I + 1>...};
     return all[rows - 1];
 }

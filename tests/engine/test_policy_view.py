@@ -30,6 +30,7 @@ from atlas_rl.engine.twin import UnsupportedModel, build_twin
 from atlas_rl.types import SamplingParams
 
 PLAIN = AtlasConfig(speculate=False)
+needs_kernels = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=f"{cpu.unavailable_reason()}")
 
 
 def fingerprint(model) -> tuple:
@@ -64,6 +65,7 @@ def test_the_model_is_left_alone(name: str, training: bool):
     assert fingerprint(model) == before
 
 
+@needs_kernels
 def test_float32_on_cpu_is_packed_and_shares_the_rest():
     model = tiny_llama()
     view = PolicyView(model)
@@ -107,7 +109,7 @@ def test_fused_layers_compute_what_the_modules_compute(name: str, monkeypatch):
         torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=1e-4)
 
 
-@pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=f"{cpu.unavailable_reason()}")
+@needs_kernels
 @pytest.mark.parametrize("num_rows", [1, 2, 4, 5])
 def test_a_packed_linear_takes_any_layout(num_rows: int):
     """Rows that lie apart in memory, and dimensions before them."""
