@@ -7,6 +7,7 @@ import logging
 import struct
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from atlas_rl.adapt.adaptation import Adaptation
+from atlas_rl.adapt.state import load_state, save_state
 from atlas_rl.config import AtlasConfig
 from atlas_rl.drafters import build_drafters
+from atlas_rl.engine.calibrate import calibrate
 from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.engine.twin import UnsupportedModel
@@ -44,6 +47,8 @@ class Attachment:
         self.engine_key: Any = None
         self.adaptation: Adaptation | None = None
         """The model's drafters, made with the first engine; what they know outlives it."""
+        self.resume_from: Path | None = None
+        """Checkpoint whose drafters the first engine takes over."""
         self.log: RolloutLog | None = None
         self.stats = RolloutStats()
         self.calls: dict[str, tuple[int, int]] = {}
@@ -114,6 +119,11 @@ class Attachment:
                 self.adaptation = Adaptation(self.config, drafters, remaining=remaining, seed=self._base_seed())
             self.engine, self.engine_key = RolloutEngine(view, self.config, self.adaptation.drafters.all), key
             self.adaptation.attach(self.engine)
+            if self.resume_from is not None:
+                load_state(self.resume_from, self.adaptation, self.engine)
+                self.resume_from = None
+            if self.state is not None and not self.config.deterministic:  # a run has many rollouts to gain it back
+                calibrate(self.engine)
             self.engine.unbilled_seconds = time.perf_counter() - start
         return self.engine
 
@@ -163,6 +173,8 @@ class Attachment:
         """Training begins; the trainer has switched the recomputation of activations on."""
         self.checkpointing = CheckpointingFlags(self.model)
         self.open_log()
+        if self.args is not None and self.state is not None and self.state.global_step and self.adaptation is None:
+            self.resume_from = last_checkpoint(self.args, self.state.global_step)
         # every rank passes here: none may write a row before rank 0 has put an earlier run's log aside
         PartialState().wait_for_everyone()
 
@@ -176,6 +188,15 @@ class Attachment:
         if rank() == 0 and self.state is not None and self.state.global_step == 0:
             keep_earlier_log(path)
         self.log = RolloutLog(path)
+
+    def save(self, checkpoint: Path) -> None:
+        """Write what drafters have learned into a checkpoint of the trainer."""
+        if self.adaptation is None:
+            return
+        if self.config.deterministic:  # what is not saved is dropped, here as in a run that resumes from this
+            self.adaptation.forget_unsaved()
+        if rank() == 0:
+            save_state(checkpoint, self.adaptation, self.engine)
 
     def begin_step(self) -> None:
         self.checkpointing = CheckpointingFlags(self.model)
@@ -222,6 +243,13 @@ class Attachment:
         self.open_log()
         if self.log is not None:
             self.log.write(row)
+
+
+def last_checkpoint(args: Any, step: int) -> Path:
+    """Where a resumed run has come from: the trainer tells its callbacks no more than the step."""
+    if isinstance(args.resume_from_checkpoint, str) and Path(args.resume_from_checkpoint).is_dir():
+        return Path(args.resume_from_checkpoint)
+    return Path(args.output_dir) / f"checkpoint-{step}"
 
 
 def rank() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -201,6 +202,9 @@ class AtlasRolloutGenerator(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.attachment.end_step()
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        self.attachment.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self.attachment.free()

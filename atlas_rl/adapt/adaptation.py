@@ -79,7 +79,15 @@ class Adaptation:
             if stats.kept and not self.distill_steps_left:
                 engine.speculator.reinstate(self.drafters.adaptive.name)
             if not has_changed:  # or else all drafters take over the policy's new weights anyway
-                engine.speculator.policy_updated([self.drafters.adaptive.name])
+                engine.speculator.weights_updated(self.drafters.adaptive.name)
+
+    def forget_unsaved(self) -> None:
+        """Drop what a checkpoint does not hold: captured rollouts, and the counts of the suffix drafter."""
+        if self.retrainer is not None:
+            self.retrainer.capture.begin()
+            self.retrainer.kept.clear()
+        for drafter in self.drafters.all:
+            drafter.reset()
 
     # ---- a head of our own -----------------------------------------------------------------------------------------------
 
@@ -116,4 +124,4 @@ class Adaptation:
         for drafter in self.drafters.of_new_head:
             drafter.head.load_state_dict(weights)
             engine.speculator.reinstate(drafter.name)
-            engine.speculator.policy_updated([drafter.name])
+            engine.speculator.weights_updated(drafter.name)

@@ -25,6 +25,19 @@ def check_inputs(values: dict[str, Any]) -> None:
         check_model(str(values["model_name_or_path"]), values.get("model_revision"))
 
 
+def check_drafter(path: str) -> None:
+    """A folder's config and weights are looked at; hub ids are left to the hub, which may know them from its cache."""
+    if not (Path(path).exists() or path.startswith((".", "/", "~"))):
+        return
+    folder = Path(path)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file() and not (name.startswith("model") and list(folder.glob("*.safetensors"))):
+            raise ValueError(
+                f"atlas.static_drafter: {folder} holds no {name}: name a folder made by `atlas-rl drafter train`, an EAGLE-3 "
+                "checkpoint or a language model"
+            )
+
+
 def check_dataset(name: str) -> None:
     """Hub ids are left to `datasets`, which may know them from its cache."""
     path = Path(name)

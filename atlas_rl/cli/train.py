@@ -52,9 +52,11 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     atlas = atlas_config(config.pop("atlas", None), atlas_overrides)
     _export(config.pop("env", None))
 
-    from atlas_rl.cli.checks import check_inputs
+    from atlas_rl.cli.checks import check_drafter, check_inputs
 
     check_inputs({**config, **given_values(overrides)})
+    if atlas.static_drafter is not None:
+        check_drafter(atlas.static_drafter)
 
     from atlas_rl.cli import trl_arguments
 

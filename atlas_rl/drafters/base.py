@@ -107,5 +107,11 @@ class Drafter:
     def release(self, rows: Sequence[DraftRow], finished: bool) -> None:
         """Rows leave: finished, or else preempted or aborted (a preempted row is admitted again)."""
 
+    def weights_updated(self) -> None:
+        """Its own weights have changed, between rollouts."""
+
+    def reset(self) -> None:
+        """Between rollouts: forget what is not saved with a checkpoint."""
+
     def policy_updated(self) -> None:
         """The policy's weights have changed; what was learned from older rollouts is worth less now."""

@@ -102,9 +102,9 @@ class RecurrentDrafter(Drafter):
         if self.vocabulary is None or self.vocabulary.size != view.vocab_size:
             self.vocabulary = DraftVocabulary(view.vocab_size)
         self.native = NativeHead(self.head) if NativeHead.serves(view) else None
-        self.take_weights()
+        self.weights_updated()
 
-    def take_weights(self) -> None:
+    def weights_updated(self) -> None:
         """Take over the head's weights, the policy's, and the draft vocabulary, which may all have changed.
 
         Raises:
@@ -124,7 +124,7 @@ class RecurrentDrafter(Drafter):
 
     def policy_updated(self) -> None:
         self.vocabulary.choose()
-        self.take_weights()
+        self.weights_updated()
 
     # ---- rows ------------------------------------------------------------------------------------------------------------
 

@@ -61,7 +61,8 @@ class SuffixDrafter(Drafter):
             raise ValueError(f"the suffix drafter needs a C++ compiler (set CXX): {self.unavailable_reason()}")
         self.floor = floor
         self.functions = LIBRARY.functions
-        self.model = c_void_p(self.functions.suffix_new(log2_entries, half_life))
+        self.settings = (log2_entries, half_life)
+        self.model = c_void_p(self.functions.suffix_new(*self.settings))
         self.slots: dict[int, int] = {}
         """Of each row in the model."""
         self.num_learned: dict[int, int] = {}
@@ -137,6 +138,11 @@ class SuffixDrafter(Drafter):
             self.num_live[prompt] -= 1
             if not self.num_live[prompt]:
                 del self.num_live[prompt]
+
+    def reset(self) -> None:
+        assert not self.slots, "rows are decoding"
+        self.functions.suffix_free(self.model)
+        self.model = c_void_p(self.functions.suffix_new(*self.settings))
 
     def policy_updated(self) -> None:
         self.functions.suffix_policy_updated(self.model)

@@ -264,6 +264,7 @@ class RolloutEngine:
             self.scheduler.check_integrity()
             stats.preemptions = self.scheduler.num_preemptions
             stats.kv_peak_bytes = self.scheduler.pool.peak_used * self.runner.kv_cache.shape.block_bytes
+        self.speculator.describe(stats)
         self.sleep()
         self.traffic.tokens += stats.completion_tokens
         self.traffic.seconds += sum(stats.seconds[name] for name in ("draft", "verify", "sample"))

@@ -67,6 +67,13 @@ class Speculator:
         for drafter in self.active:
             self._call(drafter, "wake", sampling, num_blocks, block_size)
 
+    def describe(self, stats: RolloutStats) -> None:
+        """Add what drafters have to say of themselves."""
+        for drafter in self.active:
+            vocabulary = getattr(drafter, "vocabulary", None)
+            if vocabulary is not None:
+                stats.draft_vocabulary = {"size": len(vocabulary.ids), "coverage": round(vocabulary.coverage, 5)}
+
     def sleep(self) -> None:
         for drafter in self.active:
             self._call(drafter, "sleep")
@@ -105,13 +112,14 @@ class Speculator:
             for drafter in self.active:
                 self._call(drafter, "release", sequences, finished)
 
-    def policy_updated(self, names: Rows[str] | None = None) -> None:
-        """Drafters take over new weights: all of them those of the policy, or some of them their own."""
-        if names is None:
-            self.controller.policy_updated()
+    def policy_updated(self) -> None:
+        self.controller.policy_updated()
         for drafter in self.active:
-            if names is None or drafter.name in names:
-                self._call(drafter, "policy_updated")
+            self._call(drafter, "policy_updated")
+
+    def weights_updated(self, name: str) -> None:
+        """A drafter's own weights have changed."""
+        self._call(self.drafters[name], "weights_updated")
 
     def reinstate(self, name: str) -> None:
         """A benched drafter has got good weights: it takes part again, from the next rollout on."""
