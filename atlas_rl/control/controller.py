@@ -1,15 +1,17 @@
 """Which drafter to ask, before every step: the one whose steps emit most tokens per second, or none.
 
-An arm is a drafter, a neural drafter together with a textual one, or plain decoding. Before an arm is tried at batches of some
-size, its worth is predicted: rows · (1 + Σ P(accept ≥ i)) / (draft(K) + verify(K + 1)), at its best K, from the acceptance by
-depth that it has shown at any size and from measured seconds. Once it has been tried, its worth is what it was: tokens over
-seconds, its own included. The runner-up is tried again now and then; an arm has to be better by some per cent to take over.
+An arm is a drafter, a neural drafter together with a textual one, or plain decoding. At batches of a size that is new, the arm
+is taken that promises most: rows · (1 + Σ P(accept ≥ i)) / (draft(K) + verify(K + 1)), at its best K, from the acceptance by
+depth that it has shown at any size and from measured seconds. Promises are checked by trials: now and then another arm takes
+every second step for a while, and takes over if those steps emitted more per second than the ones between them, which had
+the same rows and the same disturbances. An arm that loses waits longer for its next trial.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -21,54 +23,52 @@ Arm = tuple[str, ...]
 PLAIN: Arm = ()
 
 HYSTERESIS = 1.03
-MIN_STEPS = 4
-"""Steps of an arm before it is believed, and steps of a trial."""
-DECAY = 0.93
-"""Per step of an arm: about the last fifteen count."""
-OUTLIER = 3.0
-"""A step longer than this many average ones is cut to it: the machine was busy with something else."""
-FIRST_WAIT, LONGEST_WAIT = 24, 768
-"""Steps between trials of an arm at batches of one size; doubled each time that it loses."""
-HOPELESS = 0.8
-"""An arm predicted or measured to be worth less than this share of the best is tried at the longest wait only."""
+TRIAL_STEPS = 4
+"""Steps of either arm in a trial."""
+TRIAL_EVERY = 16
+"""Steps at least between trials at batches of one size."""
+FIRST_WAIT, LONGEST_WAIT = 32, 768
+"""Steps between trials of one arm at batches of one size; doubled each time that it loses."""
+LONGEST_PLAIN_WAIT = 192
+"""Plain decoding is the floor: it is never out of sight for long."""
+HOPELESS = 0.85
+"""An arm that promises less than this share of the best one's rate gets no trial, one that shows less waits longest."""
+RATE_DECAY = 0.9
 
 
 @dataclass(slots=True)
-class Tally:
-    """Of an arm at batches of about one size."""
+class Trial:
+    arm: Arm
+    rates: list[float] = field(default_factory=list)
+    rates_of_best: list[float] = field(default_factory=list)
 
-    steps: float = 0.0
-    seconds: float = 0.0
-    tokens: float = 0.0
-    """Per row."""
-    wait: int = 0
+    @property
+    def is_over(self) -> bool:
+        return min(len(self.rates), len(self.rates_of_best)) >= TRIAL_STEPS
+
+
+@dataclass(slots=True)
+class Waiting:
+    """Of an arm that is not the best at batches of some size."""
+
+    until: int = 0
+    """Step of the contest at which it may be tried."""
     next_wait: int = FIRST_WAIT
-
-    @property
-    def is_believed(self) -> bool:
-        return self.steps >= MIN_STEPS - 1  # decayed, four steps count as 3.6
-
-    @property
-    def rate(self) -> float:
-        return self.tokens / self.seconds
-
-    def add(self, seconds: float, tokens: float) -> None:
-        if self.is_believed:
-            seconds = min(seconds, OUTLIER * self.seconds / self.steps)
-        self.steps = DECAY * self.steps + 1
-        self.seconds = DECAY * self.seconds + seconds
-        self.tokens = DECAY * self.tokens + tokens
 
 
 @dataclass(slots=True)
 class Contest:
     """Between the arms, at batches of about one size."""
 
-    tallies: dict[Arm, Tally] = field(default_factory=dict)
-    best: Arm = PLAIN
-    trial: Arm | None = None
-    """The arm that is being tried."""
-    trial_steps: int = 0
+    best: Arm
+    rate: float | None = None
+    """Tokens per row and second of the best arm's steps, decayed."""
+    step: int = 0
+    next_trial: int = TRIAL_STEPS
+    trial: Trial | None = None
+    waiting: dict[Arm, Waiting] = field(default_factory=dict)
+    min_probs: dict[Arm, float] = field(default_factory=dict)
+    """By arm; made anew after every trial."""
 
 
 def size_of(num_rows: int) -> int:
@@ -107,17 +107,18 @@ class Controller:
 
     def choose(self, num_rows: int, num_cached: int = 0) -> Arm:
         """The arm for a step over so many rows, which have so many cached tokens in all."""
-        arms = [arm for arm in self.arms if not self.benched.intersection(arm)]
-        if len(arms) < 2:
-            return arms[0] if arms else PLAIN
         if self.deterministic:
-            return max(arms, key=lambda arm: self.predicted_rate(arm, num_rows, num_cached))
-        contest = self._contest(num_rows)
-        if contest.trial is None:
-            contest.trial = self._next_trial(contest, arms, num_rows, num_cached)
-            contest.trial_steps = MIN_STEPS
-        if contest.trial is not None:
-            return contest.trial
+            return self._most_promising(num_rows, num_cached)
+        contest = self._contest(num_rows, num_cached)
+        if self.benched and (
+            self.benched.intersection(contest.best) or contest.trial and self._is_out(contest.trial.arm)
+        ):
+            contest.best, contest.trial = self._most_promising(num_rows, num_cached), None
+        if contest.trial is None and contest.step >= contest.next_trial:
+            contest.trial = self._next_trial(contest, num_rows, num_cached)
+            contest.next_trial = contest.step + TRIAL_EVERY
+        if contest.trial is not None and len(contest.trial.rates) <= len(contest.trial.rates_of_best):
+            return contest.trial.arm
         return contest.best
 
     def predicted_rate(self, arm: Arm, num_rows: int, num_cached: int = 0) -> float:
@@ -125,7 +126,7 @@ class Controller:
         depths = np.arange(MAX_DEPTH + 1)
         verify = self.step_cost.seconds(num_rows * (depths + 1), num_cached)
         if verify is None:
-            return 1.0 if arm == PLAIN else 1.0 + 0.01 * len(arm)  # nothing is known: try the drafters
+            return 1.0 if arm == PLAIN else 1.0 - 0.01 * len(arm)  # nothing is known: plain steps are measured first
         if arm == PLAIN:
             return 1 / float(verify[0])
         survival = np.max([self.acceptance[name].survival_K for name in arm], axis=0)
@@ -134,17 +135,22 @@ class Controller:
         return float(rates[1:].max())
 
     def min_prob(self, arm: Arm, num_rows: int, num_cached: int = 0) -> float:
-        """Probability of being accepted from which on a draft token pays for being verified: its share of a longer step, at the
-        rate at which the arm emits tokens."""
-        cost = self.step_cost.seconds(np.array([num_rows, 2 * num_rows]), num_cached)
+        """Probability of being accepted from which on a draft token pays for being guessed and verified: its share of a longer
+        step, at the rate at which the arm emits tokens."""
+        contest = None if self.deterministic else self._contest(num_rows, num_cached)
+        if contest is not None and arm in contest.min_probs:
+            return contest.min_probs[arm]
+        cost = self.step_cost.seconds(num_rows * np.arange(1, 5), num_cached)
         if cost is None:
             return 0.1
-        slope = float(cost[1] - cost[0]) / num_rows  # seconds per token more
-        rate = num_rows * self.predicted_rate(arm, num_rows, num_cached) if self.deterministic else None
-        if rate is None:
-            tally = self._contest(num_rows).tallies.get(arm)
-            rate = num_rows * (tally.rate if tally and tally.is_believed else 1.3 / float(cost[0]))
-        return min(0.9, max(0.05, slope * rate))
+        depths = np.arange(1, 5)
+        cost = cost + sum(self._draft_seconds(name, depths, num_rows, float(cost[0])) for name in arm)
+        seconds_per_token = float(cost[3] - cost[0]) / (3 * num_rows)
+        rate = num_rows * self.predicted_rate(arm, num_rows, num_cached)
+        min_prob = min(0.9, max(0.05, seconds_per_token * rate))
+        if contest is not None:
+            contest.min_probs[arm] = min_prob
+        return min_prob
 
     # ---- after a step ----------------------------------------------------------------------------------------------------
 
@@ -153,18 +159,19 @@ class Controller:
         if self.deterministic:
             return
         contest = self._contest(num_rows)
-        tally = contest.tallies.setdefault(arm, Tally())
-        tally.add(seconds, tokens_per_row)
-        for other, others in contest.tallies.items():
-            if other not in (arm, contest.best):
-                others.wait = max(0, others.wait - 1)
-        if arm == contest.trial:
-            contest.trial_steps -= 1
-            if contest.trial_steps <= 0:
-                contest.trial = None
-                self._judge(contest, arm)
+        contest.step += 1
+        rate = tokens_per_row / seconds
+        if arm == contest.best:
+            contest.rate = rate if contest.rate is None else RATE_DECAY * contest.rate + (1 - RATE_DECAY) * rate
+        trial = contest.trial
+        if trial is None:
+            return
+        if arm == trial.arm:
+            trial.rates.append(rate)
         elif arm == contest.best:
-            self._check_best(contest)
+            trial.rates_of_best.append(rate)
+        if trial.is_over:
+            self._judge(contest, trial)
 
     def record_drafts(self, name: str, num_drafted: np.ndarray, num_accepted: np.ndarray) -> None:
         """Of one drafter's verified draft tokens [R], how many were right [R]."""
@@ -178,60 +185,57 @@ class Controller:
         for acceptance in self.acceptance.values():
             acceptance.fade(UPDATE_DECAY)
         for contest in self.contests.values():
-            for arm, tally in contest.tallies.items():
-                if arm != PLAIN:
-                    tally.wait, tally.next_wait = tally.wait // 2, max(FIRST_WAIT, tally.next_wait // 2)
+            contest.min_probs.clear()
+            for waiting in contest.waiting.values():
+                waiting.until -= (waiting.until - contest.step) // 2
+                waiting.next_wait = max(FIRST_WAIT, waiting.next_wait // 2)
 
     # ---- the contest -----------------------------------------------------------------------------------------------------
 
-    def _contest(self, num_rows: int) -> Contest:
-        return self.contests.setdefault(size_of(num_rows), Contest(best=self.arms[0]))
+    def _contest(self, num_rows: int, num_cached: int = 0) -> Contest:
+        size = size_of(num_rows)
+        if size not in self.contests:
+            self.contests[size] = Contest(self._most_promising(num_rows, num_cached))
+        return self.contests[size]
 
-    def _next_trial(self, contest: Contest, arms: Iterable[Arm], num_rows: int, num_cached: int) -> Arm | None:
-        """An arm to try now: one that has to be known, or one whose turn it is."""
-        best = contest.tallies.get(contest.best)
-        if best is None or not best.is_believed or self.benched.intersection(contest.best):
-            if self.benched.intersection(contest.best):
-                contest.best = self.arms[0]
-            return contest.best
-        candidate, highest = None, 0.0
-        for arm in arms:
-            tally = contest.tallies.setdefault(arm, Tally())
-            if arm == contest.best or tally.wait:
-                continue
-            rate = tally.rate if tally.is_believed else self.predicted_rate(arm, num_rows, num_cached)
-            if rate < HOPELESS * best.rate:
-                tally.wait = LONGEST_WAIT
-            elif rate > highest:
-                candidate, highest = arm, rate
-        if candidate is not None:
-            tally = contest.tallies[candidate]
-            if tally.is_believed:  # what it showed long ago weighs as much as one new step
-                share = 1 / tally.steps
-                tally.steps, tally.seconds, tally.tokens = 1.0, tally.seconds * share, tally.tokens * share
-        return candidate
+    def _is_out(self, arm: Arm) -> bool:
+        return bool(self.benched.intersection(arm))
 
-    def _judge(self, contest: Contest, arm: Arm) -> None:
-        tally, best = contest.tallies[arm], contest.tallies.get(contest.best)
-        if arm == contest.best or best is None:
+    def _most_promising(self, num_rows: int, num_cached: int) -> Arm:
+        arms = [arm for arm in self.arms if not self._is_out(arm)] or [PLAIN]
+        return max(arms, key=lambda arm: self.predicted_rate(arm, num_rows, num_cached))
+
+    def _next_trial(self, contest: Contest, num_rows: int, num_cached: int) -> Trial | None:
+        """Of the arms whose wait is over, the most promising one, if it is not hopeless."""
+        due = [
+            arm
+            for arm in self.arms
+            if arm != contest.best
+            and not self._is_out(arm)
+            and contest.waiting.setdefault(arm, Waiting()).until <= contest.step
+        ]
+        if not due:
+            return None
+        promises = {arm: self.predicted_rate(arm, num_rows, num_cached) for arm in due}
+        arm = max(due, key=promises.__getitem__)
+        if arm != PLAIN and promises[arm] < HOPELESS * self.predicted_rate(contest.best, num_rows, num_cached):
+            contest.waiting[arm].until = contest.step + FIRST_WAIT
+            return Trial(PLAIN) if PLAIN in due else None
+        return Trial(arm)
+
+    def _judge(self, contest: Contest, trial: Trial) -> None:
+        """Medians: one long step decides nothing."""
+        ratio = median(trial.rates) / median(trial.rates_of_best)
+        contest.trial = None
+        contest.min_probs.clear()
+        if ratio > HYSTERESIS:
+            contest.waiting[contest.best] = Waiting(until=contest.step + FIRST_WAIT)
+            contest.best, contest.rate = trial.arm, median(trial.rates)
             return
-        if tally.rate > HYSTERESIS * best.rate:
-            best.wait, best.next_wait = FIRST_WAIT, FIRST_WAIT
-            contest.best = arm
-            tally.next_wait = FIRST_WAIT
-        else:
-            tally.wait = LONGEST_WAIT if tally.rate < HOPELESS * best.rate else tally.next_wait
-            tally.next_wait = min(LONGEST_WAIT, 2 * tally.next_wait)
-
-    def _check_best(self, contest: Contest) -> None:
-        """The best arm may get worse while it is used: the best of those that were measured takes over."""
-        best = contest.tallies[contest.best]
-        for arm, tally in contest.tallies.items():
-            is_known = tally.is_believed and not self.benched.intersection(arm)
-            if arm != contest.best and is_known and tally.rate > HYSTERESIS * best.rate:
-                best.wait = best.next_wait
-                best.next_wait = min(LONGEST_WAIT, 2 * best.next_wait)
-                contest.best, best = arm, tally
+        waiting = contest.waiting[trial.arm]
+        longest = LONGEST_PLAIN_WAIT if trial.arm == PLAIN else LONGEST_WAIT
+        waiting.until = contest.step + (longest if ratio < HOPELESS else waiting.next_wait)
+        waiting.next_wait = min(longest, 2 * waiting.next_wait)
 
     def _draft_seconds(self, name: str, depths: np.ndarray, num_rows: int, step_seconds: float) -> np.ndarray:
         if self.deterministic:

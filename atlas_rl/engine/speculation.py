@@ -207,7 +207,7 @@ class Speculator:
         what single steps emit.
         """
         if self.drafters:
-            kept = sum(self.trust[name].factor * e for name, e in zip(self.arm, self.expected))
+            kept = sum(self.trust[name].factor * e for name, e in zip(self.arm, self.expected.tolist()))
             self.controller.record(self.arm, num_rows, seconds, 1 + kept / num_rows)
 
     # ---- parts of a step -------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def race(gains: dict[str, float], num_steps: int = 3000, num_rows: int = 8, cont
 def test_a_drafter_is_asked_where_it_pays(gain: float):
     counts, cost, _ = race({"suffix": gain})
     if gain > 1:
-        assert counts[("suffix",)] > 2800
+        assert counts[("suffix",)] > 2600
     else:
         assert cost < 1.03, "and costs next to nothing where it does not"
         assert gain == 1.0 or counts[("suffix",)] < 400
@@ -130,7 +130,7 @@ def test_a_drafter_is_asked_where_it_pays(gain: float):
 
 def test_the_best_of_several_drafters_is_found_and_lost_again():
     counts, cost, controller = race({"suffix": 1.1, "recurrent": 1.5, "eagle": 0.7})
-    assert counts[("recurrent",)] > 2600 and cost < 1.05 / 1.5
+    assert counts[("recurrent",)] > 2400 and cost < 1.07 / 1.5
     counts, cost, _ = race({"suffix": 1.1, "recurrent": 0.8, "eagle": 1.4}, controller=controller)
     assert counts[("eagle",)] > 1500, "the world has changed"
 
