@@ -91,7 +91,7 @@ class ForwardBatch:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.input_ids_N)
+        return len(self.input_ids)
 
     @property
     def num_kv_slots(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -153,9 +153,9 @@ class PolicyView:
         """[N, D] -> [N, V], with the scalings that some architectures put on their head."""
         with self._autocast():
             logits_NV = self.twin.get_output_embeddings()(hidden_ND)
-        return scale_logits(logits_NV, self.model.config)
+        return scale_logits(logits_NV, self.model.config) if self.scales_logits else logits_NV
 
-    @property
+    @cached_property
     def scales_logits(self) -> bool:
         """Whether logits are more than the output head's product."""
         probe = torch.linspace(-2, 3, 8)
