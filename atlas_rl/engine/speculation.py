@@ -26,6 +26,12 @@ MAX_DRAFT_LEN = 16
 """Longest draft asked for when the lookahead is automatic."""
 
 
+FEW_ROWS = 2
+"""Up to this many rows what drafters propose is verified as it is: they have been told what pays, and choosing takes time."""
+COUNT_EVERY = 16
+"""Steps whose drafts are counted together."""
+
+
 class Listener(Protocol):
     def verified(self, rows: Rows[DraftRow], batch: ForwardBatch, num_right: np.ndarray) -> None: ...
 
@@ -53,6 +59,8 @@ class Speculator:
         """Accepted tokens that the current step's drafts promise, by drafter of the arm."""
         self.listener: Listener | None = None
         """Told of every decode step and of rows that leave: what collects material for retraining."""
+        self.uncounted: list[tuple[Arm, np.ndarray, np.ndarray, np.ndarray]] = []
+        """Arm, sources, drafted and accepted tokens by row of the latest steps."""
         self.behind: set[str] = set()
         """Drafters that have not been told of all that rows have emitted, because they are not asked."""
         for drafter in drafters:
@@ -76,7 +84,8 @@ class Speculator:
             self._call(drafter, "wake", sampling, num_blocks, block_size)
 
     def describe(self, stats: RolloutStats) -> None:
-        """Add what drafters have to say of themselves."""
+        """A rollout is over: count its last drafts, and add what drafters have to say of themselves."""
+        self._count(stats)
         for drafter in self.active:
             vocabulary = getattr(drafter, "vocabulary", None)
             if vocabulary is not None:
@@ -161,7 +170,7 @@ class Speculator:
             return nothing
         drafts = self._combine(proposals)
         lens = drafts.lens
-        if self.lookahead is None:
+        if self.lookahead is None and len(sequences) > FEW_ROWS:
             lens = choose_draft_lens(drafts.probs, lambda n: self.controller.step_cost.seconds(n, num_cached))
         chosen = nothing
         for row in np.flatnonzero(lens).tolist():
@@ -189,8 +198,11 @@ class Speculator:
         if self.listener is not None:
             self.listener.verified(sequences, batch, num_right)
         drafted, accepted = batch.query_lens - 1, np.array(num_accepted)
-        if drafted.any():
-            self._count(drafted, accepted, stats)
+        if self.arm and drafted.any():
+            self._trust(drafted, accepted)
+            self.uncounted.append((self.arm, self.sources, drafted, accepted))
+            if len(self.uncounted) >= COUNT_EVERY:
+                self._count(stats)
         for drafter in self.active:
             if drafter.name in self.arm:
                 mine = self.sources == self.arm.index(drafter.name)
@@ -248,23 +260,34 @@ class Speculator:
         probs = np.stack([np.pad(p, pad) for p, pad in zip(trusted, padding, strict=True)])
         return Drafts(tokens[self.sources, rows], probs[self.sources, rows])
 
-    def _count(self, drafted: np.ndarray, accepted: np.ndarray, stats: RolloutStats) -> None:
-        depths = np.arange(drafted.max())[:, None]
-        stats.add_depths((drafted > depths).sum(1).tolist(), (accepted > depths).sum(1).tolist())
+    def _trust(self, drafted: np.ndarray, accepted: np.ndarray) -> None:
+        """Compare what drafters promised with what was accepted."""
         for index, name in enumerate(self.arm):
-            mine = self.sources == index
-            num_drafted, num_accepted = drafted[mine], accepted[mine]
-            total = int(num_drafted.sum())
-            if not total:
-                self.trust[name].idle()
+            trust, promised = self.trust[name], float(self.expected[index])
+            if not promised:
+                trust.idle()
                 continue
-            # what it promised was discounted already
-            self.trust[name].record(int(num_accepted.sum()), self.expected[index] / self.trust[name].factor)
-            self.controller.record_drafts(name, num_drafted, num_accepted)
-            counts = stats.drafters.setdefault(name, DrafterStats())
-            counts.steps += 1
-            counts.proposed += total
-            counts.accepted += int(num_accepted.sum())
+            mine = accepted if len(self.arm) == 1 else accepted[self.sources == index]
+            trust.record(int(mine.sum()), promised / trust.factor)  # it was discounted already
+
+    def _count(self, stats: RolloutStats) -> None:
+        """Count the drafts of the latest steps."""
+        if not self.uncounted:
+            return
+        for arm in {step[0] for step in self.uncounted}:
+            steps = [step for step in self.uncounted if step[0] == arm]
+            sources, drafted, accepted = (np.concatenate([step[i] for step in steps]) for i in (1, 2, 3))
+            depths = np.arange(drafted.max())[:, None]
+            stats.add_depths((drafted > depths).sum(1).tolist(), (accepted > depths).sum(1).tolist())
+            for index, name in enumerate(arm):
+                mine = sources == index
+                num_drafted, num_accepted = drafted[mine], accepted[mine]
+                self.controller.record_drafts(name, num_drafted, num_accepted)
+                counts = stats.drafters.setdefault(name, DrafterStats())
+                counts.steps += sum(bool(step[2][step[1] == index].any()) for step in steps)
+                counts.proposed += int(num_drafted.sum())
+                counts.accepted += int(num_accepted.sum())
+        self.uncounted.clear()
 
     def _call(self, drafter: Drafter, method: str, *args: Any) -> Any:
         if drafter.name in self.controller.benched:
