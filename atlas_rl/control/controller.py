@@ -68,7 +68,7 @@ class Contest:
     trial: Trial | None = None
     waiting: dict[Arm, Waiting] = field(default_factory=dict)
     min_probs: dict[Arm, float] = field(default_factory=dict)
-    """By arm; made anew after every trial."""
+    """By arm; made anew after every trial and policy update."""
 
 
 def size_of(num_rows: int) -> int:
@@ -146,7 +146,8 @@ class Controller:
         depths = np.arange(1, 5)
         cost = cost + sum(self._draft_seconds(name, depths, num_rows, float(cost[0])) for name in arm)
         seconds_per_token = float(cost[3] - cost[0]) / (3 * num_rows)
-        rate = num_rows * self.predicted_rate(arm, num_rows, num_cached)
+        known = contest is not None and arm == contest.best and contest.rate is not None
+        rate = num_rows * (contest.rate if known else self.predicted_rate(arm, num_rows, num_cached))
         min_prob = min(0.9, max(0.05, seconds_per_token * rate))
         if contest is not None:
             contest.min_probs[arm] = min_prob
