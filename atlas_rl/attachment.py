@@ -18,6 +18,7 @@ from atlas_rl.adapt.adaptation import Adaptation
 from atlas_rl.adapt.state import load_state, save_state
 from atlas_rl.config import AtlasConfig
 from atlas_rl.drafters import build_drafters
+from atlas_rl.engine.calibrate import calibrate
 from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.engine.twin import UnsupportedModel
@@ -121,6 +122,8 @@ class Attachment:
             if self.resume_from is not None:
                 load_state(self.resume_from, self.adaptation, self.engine)
                 self.resume_from = None
+            if self.state is not None and not self.config.deterministic:  # a run has many rollouts to gain it back
+                calibrate(self.engine)
             self.engine.unbilled_seconds = time.perf_counter() - start
         return self.engine
 

@@ -78,7 +78,8 @@ def measure(
     depth: int = MAX_DEPTH,
     vocab_ids: torch.Tensor | None = None,
 ) -> Acceptance:
-    """Acceptance on windows of rollouts that were sampled so; filters other than the temperature count for the guesses alone."""
+    """Acceptance on windows of rollouts that were sampled so. The overlap is that of the unfiltered distributions, at temperature
+    1 where sampling is greedy."""
     sums_4K = torch.zeros(4, depth, dtype=torch.float64)
     counts_K = torch.zeros(depth, dtype=torch.int64)
     max_logits = MAX_LOGITS.get(windows.hidden_BWD.device.type, MAX_LOGITS["cuda"])
@@ -86,10 +87,10 @@ def measure(
     for start in range(0, len(windows), step):
         part = windows.rows(slice(start, start + step))
         complete_BSK = part.is_complete(depth)
-        judged_BSK4 = torch.zeros(*complete_BSK.shape, 4, device=complete_BSK.device)
-        judged_BSK4[complete_BSK] = _judge(head, part, complete_BSK, ends, sampling, vocab_ids)
-        judged_BSK4[..., 3] = judged_BSK4[..., 1].cumprod(dim=-1)
-        sums_4K += judged_BSK4.sum((0, 1)).T.cpu()
+        judged_BSK3 = torch.zeros(*complete_BSK.shape, 3, device=complete_BSK.device)
+        judged_BSK3[complete_BSK] = _judge(head, part, complete_BSK, ends, sampling, vocab_ids)
+        runs_BSK1 = judged_BSK3[..., 1:2].cumprod(dim=2)
+        sums_4K += torch.cat([judged_BSK3, runs_BSK1], dim=3).sum((0, 1)).T.cpu()
         counts_K += complete_BSK.sum((0, 1)).cpu()
     overlap_K, coupled_K, argmax_K, runs_K = (sums_4K / counts_K.clamp(min=1)).tolist()
     return Acceptance(num_starts=int(counts_K[0]), overlap=overlap_K, coupled=coupled_K, argmax=argmax_K, runs=runs_K)
@@ -103,8 +104,8 @@ def _judge(
     sampling: SamplingParams,
     vocab_ids: torch.Tensor | None,
 ) -> torch.Tensor:
-    """[N, 4] of each complete guess: overlap with the policy's distribution, whether the coupled guess is right, whether the
-    most probable token is; and room for one more figure."""
+    """[N, 3] of each complete guess: overlap with the policy's distribution, whether the coupled guess is right, and whether the
+    most probable token is."""
     depth = complete_BSK.shape[2]
     states_ND = head.unroll(windows, depth, ends.embedding_VD)[complete_BSK]
     if getattr(head, "lm_head", None) is None:
@@ -123,4 +124,4 @@ def _judge(
     positions_N = windows.positions_B[row_N] + source_N + 1 - windows.prompt_lens_B[row_N]
     guesses_N, _ = draw(draft_NV, sampling, windows.seeds_B[row_N].cpu().numpy(), positions_N.cpu().numpy())
     figures = (overlap_N, guesses_N == tokens_N, draft_NV.argmax(-1) == tokens_N)
-    return torch.stack([*(figure.to(overlap_N.dtype) for figure in figures), torch.zeros_like(overlap_N)], dim=1)
+    return torch.stack([figure.float() for figure in figures], dim=1)

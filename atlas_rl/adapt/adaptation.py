@@ -53,6 +53,15 @@ class Adaptation:
         engine.between_rollouts = self.refreshed
         if self.distill_steps_left:
             engine.controller.benched.update(d.name for d in self.drafters.of_new_head)
+        elif self.retrainer is not None and self.drafters.starts_as_static and not self.retrainer.totals.kept:
+            engine.controller.benched.add(
+                self.drafters.adaptive.name
+            )  # until it is another one than the static drafter
+        self._listen(engine)
+
+    def _listen(self, engine: RolloutEngine) -> None:
+        wants = self.retrainer is not None and (bool(self.distill_steps_left) or self.retrainer.wants_material)
+        engine.speculator.listener = self.retrainer.capture if wants else None
 
     def refreshed(self, engine: RolloutEngine, has_changed: bool) -> None:
         """The view has the policy's current weights, which may be other than they were."""
@@ -63,6 +72,17 @@ class Adaptation:
             return
         if not traffic.tokens:
             return
+        try:
+            self._update(engine, has_changed)
+        except Exception as error:  # a drafter is never worth a rollout
+            reason = f"its retraining raised {type(error).__name__}: {error}"
+            engine.speculator.bench(self.drafters.adaptive, reason)
+        finally:
+            traffic.clear()
+            self._listen(engine)
+
+    def _update(self, engine: RolloutEngine, has_changed: bool) -> None:
+        traffic = engine.traffic
         now = time.perf_counter()
         interval, self.last_update = now - self.last_update, now
         self.num_updates += 1
@@ -73,10 +93,9 @@ class Adaptation:
             stats = self.retrainer.update(
                 engine.view, interval_seconds=interval, rollout_seconds=traffic.seconds, remaining=remaining
             )
-        traffic.clear()
         if stats is not None:
             engine.stats.retrain = stats
-            if stats.kept and not self.distill_steps_left:
+            if stats.kept and stats.steps and not self.distill_steps_left:
                 engine.speculator.reinstate(self.drafters.adaptive.name)
             if not has_changed:  # or else all drafters take over the policy's new weights anyway
                 engine.speculator.weights_updated(self.drafters.adaptive.name)

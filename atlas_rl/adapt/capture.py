@@ -39,7 +39,7 @@ class Capture:
     def begin(self) -> None:
         self.chosen: dict[int, bool] = {}
         self.finished: dict[int, DraftRow] = {}
-        self.pending: list[tuple[list[torch.Tensor], np.ndarray, np.ndarray, np.ndarray]] = []
+        self.pending: list[tuple[Sequence[DraftRow], ForwardBatch, np.ndarray]] = []
         self.parts: list[tuple[list[torch.Tensor], np.ndarray, np.ndarray]] = []
         """Features, and their rows and positions within the completion (-1: the prompt's last token)."""
         self.num_kept = self.num_seen = 0
@@ -48,26 +48,13 @@ class Capture:
         """A decode step (`Drafter.verified`)."""
         if self.num_kept >= self.max_tokens:
             return
-        counts = num_right + 1
-        self.num_seen += int(counts.sum())
-        wanted = np.array([self._is_chosen(row.row_id) for row in rows])
-        counts = np.where(wanted, counts, 0)
-        if not counts.any():
-            return
-        first = np.cumsum(batch.query_lens) - batch.query_lens
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        places = np.repeat(first, counts) + within
-        row_ids = np.repeat(np.array([row.row_id for row in rows], np.int64), counts)
-        prompt_lens = np.repeat(np.array([len(row.prompt_ids) for row in rows], np.int64), counts)
-        sources = [*(batch.tapped[layer] for layer in self.layers), batch.hidden_ND]
-        self.pending.append((sources, places, row_ids, batch.positions[places] - prompt_lens))
-        self.num_kept += len(places)
+        self.pending.append((rows, batch, num_right))
         if len(self.pending) >= FLUSH_STEPS:
             self._flush()
 
     def release(self, rows: Sequence[DraftRow], finished: bool) -> None:
         if finished:
-            self.finished.update((row.row_id, row) for row in rows if self.chosen.get(row.row_id))
+            self.finished.update((row.row_id, row) for row in rows if self._is_chosen(row.row_id))
 
     def take(self) -> Replay | None:
         """What was kept of the completions that are finished (on the CPU or wherever the policy is), and start anew."""
@@ -84,9 +71,25 @@ class Capture:
         return self.chosen[row_id]
 
     def _flush(self) -> None:
-        for sources, places, row_ids, positions in self.pending:
-            at = torch.from_numpy(places).to(sources[0].device)
-            self.parts.append(([source[at] for source in sources], row_ids, positions))
+        """Copy what the pending steps' chosen rows have emitted."""
+        if not self.pending:
+            return
+        rows = [row for step_rows, _, _ in self.pending for row in step_rows]
+        batches = [batch for _, batch, _ in self.pending]
+        query_lens = np.concatenate([batch.query_lens for batch in batches])
+        counts = np.concatenate([num_right for _, _, num_right in self.pending]) + 1
+        self.num_seen += int(counts.sum())
+        counts = np.where([self._is_chosen(row.row_id) for row in rows], counts, 0)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        places = np.repeat(np.cumsum(query_lens) - query_lens, counts) + within
+        row_ids = np.repeat(np.array([row.row_id for row in rows], np.int64), counts)
+        prompt_lens = np.repeat(np.array([len(row.prompt_ids) for row in rows], np.int64), counts)
+        positions = np.concatenate([batch.positions for batch in batches])[places] - prompt_lens
+        at = torch.from_numpy(places).to(batches[0].hidden_ND.device)
+        layers = [[batch.tapped[layer] for batch in batches] for layer in self.layers]
+        sources = [torch.cat(tensors)[at] for tensors in [*layers, [batch.hidden_ND for batch in batches]]]
+        self.parts.append((sources, row_ids, positions))
+        self.num_kept += len(places)
         self.pending.clear()
 
     def _assemble(self) -> Replay | None:

@@ -23,7 +23,7 @@ from atlas_rl.adapt.optimizer import HeadOptimizer
 from atlas_rl.adapt.replay import Replay, replay
 from atlas_rl.config import AtlasConfig
 from atlas_rl.drafters.eagle_head import EagleHead
-from atlas_rl.drafters.heads import DraftHead, Windows
+from atlas_rl.drafters.heads import DraftHead
 from atlas_rl.drafters.recurrent_head import RecurrentHead
 from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.policy_view import PolicyView
@@ -40,13 +40,14 @@ STEPS_OVER_EVALUATIONS = 15
 """Time between evaluations, in times that one takes, at least."""
 EVALUATION_WINDOWS = 96
 """For the evaluations on the way; the last one takes all."""
-JUDGED_LOOKAHEAD = 4
+JUDGED_LOOKAHEAD = 6
 """The best head is the one with the most tokens per step at this lookahead."""
 EVALUATION_STARTS = 16
 """Of a held-out window."""
+DEEPER_FROM = 0.6
 LR_POWER = 0.7
 """The learning rate falls as (1 - progress)^this."""
-BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}, {postfix}"
+BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +64,8 @@ class DistillConfig:
     starts_per_step: int = 512
     starts_per_window: int = 1
     """Neighbours share what is computed per token; a head with attention needs windows as wide as what it is to see."""
-    depth: int = 6
-    """Of the drafts that it learns from."""
+    depths: tuple[int, int] = (4, 6)
+    """Of the drafts that it learns from: up to DEEPER_FROM of the budget, and then. Deeper ones teach less per second."""
     prompts_per_round: int = 256
     """Answered at once, when more is needed; the first rounds are smaller, so that learning starts soon."""
     reuse: float = 10.0
@@ -211,10 +212,9 @@ class _Distillation:
 
     def _train(self, bar: tqdm) -> Iterator[Acceptance]:
         """Steps until the budget is spent; yields an evaluation now and then, and in the end."""
-        config, width = self.config, self.config.starts_per_window + self.config.depth
+        config = self.config
         token_bytes = self.held_out.hidden_BWD[0, 0].nbytes + self.held_out.tapped_BWLD[0, 0].nbytes
         max_tokens = int(config.max_gib * 2**30 / token_bytes)
-        num_windows = max(1, config.starts_per_step // config.starts_per_window)
         material, budget, next_evaluation = None, 0.0, 1 / EVALUATIONS
         while (progress := self._progress()) < 1:
             if budget <= 0:
@@ -223,7 +223,7 @@ class _Distillation:
                 budget = config.reuse * int(fresh.num_starts_R.sum())
                 continue  # that took time
             budget -= config.starts_per_step
-            if not self._step(material.sample(num_windows, width, config.depth, self.generator), progress):
+            if not self._step(material, progress):
                 logger.warning("the loss is not finite: training ends here, with the best head so far")
                 return
             bar.update(100 * progress - bar.n)
@@ -234,13 +234,16 @@ class _Distillation:
         bar.update(100 - bar.n)
         yield self._measure(EVALUATION_WINDOWS)
 
-    def _step(self, windows: Windows, progress: float) -> bool:
+    def _step(self, material: Replay, progress: float) -> bool:
         """One optimizer step; False if the loss is not finite."""
+        config, depth = self.config, self.config.depths[progress >= DEEPER_FROM]
+        num_windows = max(1, config.starts_per_step // config.starts_per_window)
+        windows = material.sample(num_windows, config.starts_per_window + depth, depth, self.generator)
         with low_precision(windows.hidden_BWD.device):
-            loss, _ = unrolled_loss(self.head, windows, self.config.depth, self.ends, temperature=self.temperature)
+            loss, _ = unrolled_loss(self.head, windows, depth, self.ends, temperature=self.temperature)
         self.steps += 1
-        warmup = min(1.0, self.steps / self.config.warmup_steps)
-        return self.optimizer.step(loss, self.config.learning_rate * warmup * (1 - progress) ** LR_POWER)
+        warmup = min(1.0, self.steps / config.warmup_steps)
+        return self.optimizer.step(loss, config.learning_rate * warmup * (1 - progress) ** LR_POWER)
 
     def _progress(self) -> float:
         """Share of the budget that is spent."""

@@ -112,7 +112,7 @@ def unrolled_loss(
         part = slice(start, start + step)
         row_N, start_N, depth_N = complete_BSK[part].nonzero(as_tuple=True)
         with torch.no_grad():
-            target_logits = ends.logits(windows.hidden_BWD[part])[row_N, start_N + depth_N + 1]
+            target_logits = ends.logits(windows.hidden_BWD[part, 1:])[row_N, start_N + depth_N]
         states = states_BSKD.detach()[part].requires_grad_(states_BSKD.requires_grad)
         draft_logits = ends.logits(states[row_N, start_N, depth_N], vocab_ids)
         if temperature != 1:

@@ -47,7 +47,7 @@ class Retrainer:
     """Retrains one drafter's head. `update` is called between rollouts.
 
     Args:
-        drafter: its head is trained in place; features come from its `listener`, a `Capture`.
+        drafter: its head is trained in place, on what `capture` was told of.
         when: `every_update`, `on_drift`, or `never`.
         deterministic: take the number of steps from the configuration, not from clocks.
     """
@@ -57,7 +57,6 @@ class Retrainer:
     ) -> None:
         self.drafter, self.config, self.when = drafter, config, when
         self.capture = Capture(drafter.layers, config.max_tokens, seed)
-        drafter.listener = self.capture if when != "never" else None
         self.kept: deque[Replay] = deque(maxlen=config.rollouts_kept)
         self.generator = torch.Generator().manual_seed(seed)
         self.optimizer = self._new_optimizer()
@@ -67,6 +66,11 @@ class Retrainer:
         self.drift_reference: float | None = None
         self.totals = RetrainStats()
         """Of all updates."""
+
+    @property
+    def wants_material(self) -> bool:
+        """Whether the next rollout is likely to be learned from."""
+        return self.when != "never" and self.budget.is_near
 
     def update(
         self, view: PolicyView, *, interval_seconds: float, rollout_seconds: float, remaining: float
@@ -181,7 +185,7 @@ class Retrainer:
 
     def _measure(self, held_out: Replay, ends: PolicyEnds) -> Acceptance:
         windows = held_out.tiles(HELD_OUT_STARTS + JUDGED_LOOKAHEAD, JUDGED_LOOKAHEAD).rows(slice(HELD_OUT_WINDOWS))
-        return measure(self.drafter.head, [windows], ends, self.drafter.sampling, depth=JUDGED_LOOKAHEAD)
+        return measure(self.drafter.head, windows, ends, self.drafter.sampling, depth=JUDGED_LOOKAHEAD)
 
     @staticmethod
     def _tokens(acceptance: Acceptance) -> float:

@@ -1,7 +1,8 @@
 """Say what works on this machine, what does not and why.
 
 Looks at Python, torch, the accelerator, Triton and the libraries around TRL, and lets the engine generate with a tiny
-random model, compared with `model.generate`. Exit code 0 if all that Atlas-RL needs works, 1 if not.
+random model, compared with `model.generate`. Then it measures what the controller decides by: milliseconds of a decode step of
+the shipped policy, by rows and lookahead, and of its drafters. Exit code 0 if all that Atlas-RL needs works, 1 if not.
 
 example:
   atlas-rl doctor
@@ -17,7 +18,10 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 OK, OPTIONAL, BROKEN = "works", "absent", "broken"
 STYLES = {OK: "green", OPTIONAL: "yellow", BROKEN: "bold red"}
@@ -53,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     for name, status, detail in findings:
         table.add_row(name, Text(status, STYLES[status]), Text(detail))
     Console().print(table)
+    for row_table in _costs():
+        Console().print(row_table)
     broken = [finding.name for finding in findings if finding.status == BROKEN]
     print(f"Does not work: {', '.join(broken)}" if broken else "Everything that Atlas-RL needs works here.")
     return 1 if broken else 0
@@ -75,6 +81,37 @@ def examine() -> Iterator[Finding]:
     compiler = shutil.which("g++") or shutil.which("c++")
     yield Finding("C++ compiler", OK if compiler else OPTIONAL, compiler or "none: DeepSpeed on CPUs builds with one")
     yield _probe("engine", _engine)
+
+
+def _costs() -> Iterator[Table]:
+    """The controller's cost table, measured here and now; nothing where the engine does not work."""
+    from rich.table import Table
+
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging as transformers_logging
+
+        from atlas_rl.config import AtlasConfig
+        from atlas_rl.drafters import build_drafters
+        from atlas_rl.engine.calibrate import calibrate, cost_table
+        from atlas_rl.engine.engine import RolloutEngine
+        from atlas_rl.engine.policy_view import PolicyView
+        from atlas_rl.tasks import policy_path
+
+        transformers_logging.disable_progress_bar()
+        config = AtlasConfig()
+        view = PolicyView(AutoModelForCausalLM.from_pretrained(policy_path()).eval())
+        engine = RolloutEngine(view, config, build_drafters(config, view).all)
+        calibrate(engine, max_seconds=10.0)
+    except Exception:  # the findings above say what does not work
+        return
+    title, *rows = cost_table(engine)
+    table = Table(title="Milliseconds of a decode step, shipped policy", title_justify="left", padding=(0, 1))
+    for name in title:
+        table.add_column(name, justify="right" if name else "left")
+    for row in rows:
+        table.add_row(*row)
+    yield table
 
 
 def _probe(name: str, check: Callable[[], str]) -> Finding:

@@ -25,11 +25,18 @@ class RetrainBudget:
         """Of the next update; below one, updates are skipped: a half is every second one."""
         self.owed = 1.0
         """Share of an optimizer step that waits to be done; at one it is."""
+        self.allowed = 1.0
+        """Steps that the last choice found room for."""
         self.step_seconds: float | None = None
         self.fixed_seconds = 0.0
         """Of an update beside its steps: validation, taking the weights over."""
         self.return_on_cost: float | None = None
         """Seconds that updates save over what they cost, decayed."""
+
+    @property
+    def is_near(self) -> bool:
+        """Whether an update may be due the next time."""
+        return self.deterministic_steps is not None or self.steps >= 1 or self.owed + self.allowed >= 1
 
     def choose(self, interval_seconds: float, remaining_updates: float) -> int:
         """Steps for an update, where updates are so far apart and so many more will come."""
@@ -41,6 +48,7 @@ class RetrainBudget:
         if self.step_seconds is not None:
             room = self.max_share * interval_seconds - self.fixed_seconds
             allowed = min(allowed, max(room / self.step_seconds, 0.25 / LONGEST_PAUSE))
+        self.allowed = allowed
         if allowed >= 1:
             return int(allowed)
         self.owed += max(allowed, 1 / LONGEST_PAUSE)

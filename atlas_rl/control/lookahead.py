@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-MIN_GAIN = 1.1
+MIN_GAIN = 1.03
 """Drafts are verified only if they promise this much more than plain decoding: estimates are noisy, plain decoding is safe."""
 
 

@@ -35,6 +35,9 @@ class Drafters:
     of_new_head: tuple[RecurrentDrafter, ...] = ()
     """Drafters whose head has random weights: to be used once it has been trained. Empty where the head was loaded."""
 
+    starts_as_static: bool = False
+    """Whether the adaptive drafter has the static one's weights."""
+
     @property
     def is_new(self) -> bool:
         return bool(self.of_new_head)
@@ -71,6 +74,7 @@ def build_drafters(config: AtlasConfig, view: PolicyView) -> Drafters:
         return Drafters(all=tuple(drafters))
 
     from atlas_rl.drafters.recurrent import RecurrentDrafter, RecurrentHead
+    from atlas_rl.drafters.vocab import DraftVocabulary
 
     path = static_path(config, view)
     static = load_drafter(path) if path is not None else None
@@ -82,7 +86,10 @@ def build_drafters(config: AtlasConfig, view: PolicyView) -> Drafters:
     new: tuple[RecurrentDrafter, ...] = ()
     adaptive = None
     if isinstance(static, RecurrentDrafter):
-        adaptive = RecurrentDrafter(copy.deepcopy(static.head)) if adapts else None
+        if adapts:
+            static.vocabulary = DraftVocabulary(view.vocab_size)
+            shared = static.vocabulary if "static" in names else None
+            adaptive = RecurrentDrafter(copy.deepcopy(static.head), vocabulary=shared)
     elif adapts:
         head = RecurrentHead.for_policy(view, intermediate_size=config.adapt.intermediate_size)
         adaptive = RecurrentDrafter(head)
@@ -95,7 +102,8 @@ def build_drafters(config: AtlasConfig, view: PolicyView) -> Drafters:
         drafters.append(static)
     if adaptive is not None:
         drafters.append(adaptive)
-    return Drafters(all=tuple(drafters), adaptive=adaptive, of_new_head=new)
+    starts_as_static = isinstance(static, RecurrentDrafter) and "static" in names and adaptive is not None and not new
+    return Drafters(all=tuple(drafters), adaptive=adaptive, of_new_head=new, starts_as_static=starts_as_static)
 
 
 def static_path(config: AtlasConfig, view: PolicyView) -> str | None:

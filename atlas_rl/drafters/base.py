@@ -53,8 +53,8 @@ class Drafter:
     """What the engine calls, in this order: `wake` as a rollout begins; after a prefill forward `prefilled`, `copy_blocks`,
     `admit` and `started`; then `propose`, `verified` and `observe` for each decode step; `release` for rows that leave; `sleep`.
 
-    A drafter is not asked at every step. `verified` is called at every one, `observe` at the latest before the next `propose` and
-    before a row leaves. Only `name` and `propose` have to be given.
+    A drafter is not asked at every step. `verified` is called at every one, `observe` at the latest before the next `propose`: of
+    what a row has emitted at its end, `release` may be the first to tell. Only `name` and `propose` have to be given.
     """
 
     name: str

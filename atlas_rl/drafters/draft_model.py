@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from atlas_rl.drafters.base import DraftRow
@@ -19,6 +20,7 @@ from atlas_rl.drafters.paged import PagedDrafter, tokens_between
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.kv_cache import KVShape
 from atlas_rl.engine.policy_view import PolicyView
+from atlas_rl.engine.twin import UnsupportedModel
 
 MAX_PIECE = 64
 """Tokens of a row in one forward that catches up."""
@@ -48,26 +50,32 @@ class DraftModelDrafter(PagedDrafter):
             raise ValueError(f"{path} is not a draft model that can be read: {error}") from error
 
     def bind(self, view: PolicyView) -> None:
-        size, policy_size = self.model.get_input_embeddings().weight.shape[0], view.vocab_size
-        if size != policy_size:
-            raise ValueError(
-                f"the draft model {self.model.name_or_path} has a vocabulary of {size} tokens and the policy one of "
-                f"{policy_size}: a draft model needs the policy's tokenizer"
-            )
-        self._check_tokenizers(view.model.name_or_path)
+        self._check_vocabulary(view)
         self.model.to(view.device, view.compute_dtype)
-        self.view, self.device = PolicyView(self.model), view.device
+        self.device, self.policy_vocab_size = view.device, view.vocab_size
+        try:
+            self.view = PolicyView(self.model)
+        except UnsupportedModel as reason:
+            raise ValueError(f"the draft model {self.model.name_or_path} cannot be run: {reason}") from None
 
-    def _check_tokenizers(self, policy_path: str) -> None:
-        """Where both models come with a tokenizer, these have to agree on every token."""
-        ours, policys = _token_ids(self.model.name_or_path), _token_ids(policy_path)
-        if ours is None or policys is None or ours == policys:
-            return
-        differing = sorted(token for token in ours.keys() | policys.keys() if ours.get(token) != policys.get(token))
-        raise ValueError(
-            f"the draft model {self.model.name_or_path} has another tokenizer than the policy {policy_path}: {len(differing)} "
-            f"tokens differ, {differing[0]!r} among them. A draft model needs the policy's tokenizer"
-        )
+    def _check_vocabulary(self, view: PolicyView) -> None:
+        """Where both models come with a tokenizer, these have to agree on every token; the models of a family often pad their
+        vocabularies to different sizes. Where they do not, the sizes tell."""
+        path, policy_path = self.model.name_or_path, view.model.name_or_path
+        ours, policys = _token_ids(path), _token_ids(policy_path)
+        size = self.model.get_output_embeddings().weight.shape[0]
+        if ours is None or policys is None:
+            if size != view.vocab_size:
+                raise ValueError(
+                    f"the draft model {path} has a vocabulary of {size} tokens and the policy one of {view.vocab_size}: a draft "
+                    "model needs the policy's tokenizer"
+                )
+        elif ours != policys:
+            differing = sorted(token for token in ours.keys() | policys.keys() if ours.get(token) != policys.get(token))
+            raise ValueError(
+                f"the draft model {path} has another tokenizer than the policy {policy_path}: {len(differing)} tokens differ, "
+                f"{differing[0]!r} among them. A draft model needs the policy's tokenizer"
+            )
 
     def kv_shape(self, block_size: int) -> KVShape:
         return self.view.kv_shape(block_size)
@@ -77,7 +85,7 @@ class DraftModelDrafter(PagedDrafter):
         self.num_stored.clear()
 
     def prefilled(self, batch: ForwardBatch, next_token_ids: np.ndarray) -> None:
-        self.view.hidden_states(replace(batch, kv_cache=self.kv_cache, tapped={}, masks={}))
+        self._hidden_states(replace(batch, kv_cache=self.kv_cache, tapped={}, masks={}))
 
     def admit(self, rows: Sequence[DraftRow]) -> None:
         super().admit(rows)
@@ -112,13 +120,20 @@ class DraftModelDrafter(PagedDrafter):
         spans = zip(rows, starts.tolist(), ends.tolist())
         token_ids = [tokens_between(row, start, end) for row, start, end in spans]
         tables = [row.block_table for row in rows]
-        return self.view.hidden_states(ForwardBatch.build(self.kv_cache, token_ids, starts.tolist(), tables))
+        return self._hidden_states(ForwardBatch.build(self.kv_cache, token_ids, starts.tolist(), tables))
 
-    def advance(self, batch: ForwardBatch, states_RD: torch.Tensor) -> torch.Tensor:
+    def _hidden_states(self, batch: ForwardBatch) -> torch.Tensor:
+        if self.view.vocab_size < self.policy_vocab_size:  # padding of the policy's has no embedding here
+            batch.input_ids_N = batch.input_ids_N.clamp(max=self.view.vocab_size - 1)
         return self.view.hidden_states(batch)
 
+    def advance(self, batch: ForwardBatch, states_RD: torch.Tensor) -> torch.Tensor:
+        return self._hidden_states(batch)
+
     def logits(self, states_RD: torch.Tensor) -> torch.Tensor:
-        return self.view.logits(states_RD)
+        logits_RV = self.view.logits(states_RD)
+        excess = self.policy_vocab_size - logits_RV.shape[1]
+        return logits_RV if excess == 0 else F.pad(logits_RV, (0, excess), value=-torch.inf)  # a negative one cuts
 
     def judged(self, rows: Sequence[DraftRow], num_right_fed: np.ndarray) -> None:
         for row, num_right in zip(rows, num_right_fed.tolist()):

@@ -14,16 +14,13 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from atlas_kernels import cpu
 from atlas_rl.drafters.base import DraftRow
-from atlas_rl.drafters.eagle_head import EagleHead, default_layers, rotate
+from atlas_rl.drafters.eagle_forward import PagedEagle
+from atlas_rl.drafters.eagle_head import EagleHead, default_layers
 from atlas_rl.drafters.paged import PagedDrafter, tokens_between
-from atlas_rl.engine.attention import attend, uses_kernels
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.kv_cache import KVShape
-from atlas_rl.engine.linears import PackedLinear
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.types import SamplingParams
 
@@ -45,88 +42,6 @@ class Features:
     counts: np.ndarray
     positions: np.ndarray
     """[R] in its sequence, of each row's first place."""
-
-
-class JoinedLinear:
-    """Several Linears over the same input as one product: `PackedLinear` for any device and dtype."""
-
-    def __init__(self, *sources: nn.Linear) -> None:
-        self.sources = sources
-        self.refresh()
-
-    def refresh(self) -> None:
-        weights = [source.weight.detach() for source in self.sources]
-        self.weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        out = F.linear(x, self.weight)
-        return out if residual is None else out + residual
-
-
-class PagedEagle:
-    """An `EagleHead` as it decodes: its products joined and packed, its keys and values in a paged cache."""
-
-    def __init__(self, head: EagleHead) -> None:
-        self.head = head
-        weight, layer = head.fc.weight, head.midlayer
-        linear = PackedLinear if weight.device.type == "cpu" and weight.dtype == torch.float32 else JoinedLinear
-        attention, mlp = layer.self_attn, layer.mlp
-        self.fc = linear(head.fc)
-        self.qkv = linear(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.out = linear(attention.o_proj)
-        self.gate_up = linear(mlp.gate_proj, mlp.up_proj)
-        self.down = linear(mlp.down_proj)
-        self.lm_head = None if head.lm_head is None else linear(head.lm_head)
-        self.norms = [
-            m.weight.detach() for m in (layer.input_layernorm, layer.hidden_norm, layer.post_attention_layernorm)
-        ]
-        self.final_norm = head.norm.weight.detach()
-        self.eps, self.scaling = head.rms_norm_eps, head.head_dim**-0.5
-        self.cos_PD = self.sin_PD = weight.new_empty(0, 0)
-
-    def refresh(self) -> None:
-        """Take over the head's weights after they have changed in place."""
-        for linear in (self.fc, self.qkv, self.out, self.gate_up, self.down, self.lm_head):
-            if linear is not None:
-                linear.refresh()
-
-    def __call__(self, batch: ForwardBatch, embeds_ND: torch.Tensor, states_ND: torch.Tensor) -> torch.Tensor:
-        """Outputs [N, D], before the final norm, of pairs at the batch's positions."""
-        fast = uses_kernels(batch)
-        input_norm, hidden_norm, post_norm = self.norms
-        normed = self.norm(states_ND, hidden_norm, fast)
-        residual = normed if self.head.norm_before_residual else states_ND
-        qkv_ND = self.qkv(torch.cat([self.norm(embeds_ND, input_norm, fast), normed], dim=1))
-        query_NHD = self._rotate_and_store(qkv_ND, batch, fast)
-        x_ND = self.out(attend(batch, 0, query_NHD, self.scaling).flatten(1), residual)
-        gate_up = self.gate_up(self.norm(x_ND, post_norm, fast))
-        if fast:
-            return self.down(cpu.silu_mul(gate_up), x_ND)
-        gate, up = gate_up.chunk(2, dim=1)
-        return self.down(F.silu(gate) * up, x_ND)
-
-    def norm(self, x_ND: torch.Tensor, weight: torch.Tensor, fast: bool) -> torch.Tensor:
-        return cpu.rms_norm(x_ND, weight, self.eps) if fast else torch.rms_norm(x_ND, weight.shape, weight, self.eps)
-
-    def _rotate_and_store(self, qkv_ND: torch.Tensor, batch: ForwardBatch, fast: bool) -> torch.Tensor:
-        self._grow_rotations(batch.num_kv_slots)
-        cos_PD, sin_PD, head = self.cos_PD, self.sin_PD, self.head
-        if fast:
-            kv_layer = batch.kv_cache.layers[0]
-            places = (batch.positions_N, batch.slots_N)
-            return cpu.rope_and_store(qkv_ND, None, None, 0.0, cos_PD, sin_PD, *places, kv_layer)
-        cos, sin = (torch.cat([x, x], dim=1)[batch.positions_N][:, None] for x in (cos_PD, sin_PD))
-        heads = qkv_ND.unflatten(1, (-1, head.head_dim))
-        query, key, value = heads.split([head.num_heads, head.num_kv_heads, head.num_kv_heads], dim=1)
-        batch.kv_cache.store(0, batch.token_places, rotate(key, cos, sin), value)
-        return rotate(query, cos, sin)
-
-    def _grow_rotations(self, num_positions: int) -> None:
-        """Cosines and sines [P, d / 2] of at least so many positions."""
-        if len(self.cos_PD) < num_positions:
-            positions = torch.arange(1 << (num_positions - 1).bit_length(), device=self.final_norm.device)
-            rotations = self.head.rotations(positions, self.final_norm.dtype)
-            self.cos_PD, self.sin_PD = (x[:, : x.shape[1] // 2].contiguous() for x in rotations)
 
 
 class EagleDrafter(PagedDrafter):
@@ -165,9 +80,8 @@ class EagleDrafter(PagedDrafter):
                 f"{view.num_layers} layers: name a head that was trained for this policy"
             )
         self.view, self.device, self.layers = view, view.device, head.layers
-        if head.embed_tokens is not None and torch.equal(
-            head.embed_tokens.weight.to(view.device), view.model.get_input_embeddings().weight
-        ):
+        embedding = view.model.get_input_embeddings().weight
+        if head.embed_tokens is not None and torch.equal(head.embed_tokens.weight.to(embedding), embedding):
             head.embed_tokens = None  # a copy of the policy's: the live ones then, as vLLM has it
         head.to(view.device, view.compute_dtype)
         self.paged = PagedEagle(head)

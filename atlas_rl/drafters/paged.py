@@ -92,47 +92,44 @@ class PagedDrafter(Drafter):
         wanted = max_lens[able] > 0
         if not wanted.all():
             able, states = able[wanted], states[torch.from_numpy(wanted).to(self.device)]
-        tokens, cells, lens = self._guess(rows, able, states, max_lens, min_prob)
-        drafted = np.arange(tokens.shape[1]) < lens[:, None]
-        probs = np.where(drafted, self.calibration.probs(cells), 0.0)
-        starts = [len(row.output_ids) for row in rows]
+        tokens, cells, probs = self._guess(rows, able, states, max_lens, min_prob)
+        lens = (probs > 0).sum(axis=1)
         self.proposed = {
-            rows[i].row_id: (starts[i], tokens[i, : lens[i]], cells[i]) for i in np.flatnonzero(lens).tolist()
+            rows[i].row_id: (len(rows[i].output_ids), tokens[i, : lens[i]], cells[i])
+            for i in np.flatnonzero(lens).tolist()
         }
-        probs[probs < min_prob] = 0.0
-        return Drafts(tokens, probs)
+        return Drafts(tokens, np.where(probs < min_prob, 0.0, probs))
 
     def _guess(
         self, rows: Sequence[DraftRow], able: np.ndarray, states: torch.Tensor, max_lens: np.ndarray, min_prob: float
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens and cells [R, K] of guesses for the rows in `able`, and how many [R] of them there are."""
+        """Tokens, cells and probabilities [R, K] of guesses for the rows in `able`; the last may be below `min_prob`."""
         seeds = np.array([row.noise_seed or 0 for row in rows], np.int64)
         places = np.array([len(row.output_ids) for row in rows], np.int64)
         computed = np.array([row.num_computed for row in rows], np.int64)
-        width = int(max_lens.max())
-        tokens, cells = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
-        lens = np.zeros(len(rows), np.int64)
+        dims = (len(rows), int(max_lens.max()))
+        tokens, cells, probs = np.zeros(dims, np.int64), np.zeros(dims, np.int64), np.zeros(dims)
+        prob_R = np.ones(len(rows))
         tables = self._tables([rows[i] for i in able.tolist()])
-        for depth in range(width):
+        for depth in range(dims[1]):
             if not len(able):
                 break
             guess_R, margin_R = draw(self.logits(states), self.sampling, seeds[able], places[able] + depth)
             margins = margin_R.cpu().numpy()
             if np.isnan(margins).any():
                 raise FloatingPointError("its logits are NaN")
-            tokens[able, depth], cells[able, depth] = guess_R.cpu().numpy(), self.calibration.cells(margins)
-            lens[able] += 1
-            on = max_lens[able] > depth + 1
-            if min_prob > 0:
-                on &= self.calibration.probs(cells[able, : depth + 1])[:, -1] >= min_prob
+            cells_R = self.calibration.cells(margins)
+            prob_R[able] *= self.calibration.prob_at(depth, cells_R)
+            tokens[able, depth], cells[able, depth] = guess_R.cpu().numpy(), cells_R
+            probs[able, depth] = prob_R[able]
+            on = (max_lens[able] > depth + 1) & (prob_R[able] >= min_prob)
             if not on.all():
                 keep = torch.from_numpy(on).to(self.device)
                 able, tables, guess_R, states = able[on], tables[keep], guess_R[keep], states[keep]
             if len(able):
-                states = self.advance(
-                    self._one_token(tables, guess_R, computed[able] + self.feeds_ahead + depth), states
-                )
-        return tokens, cells, lens
+                positions = computed[able] + self.feeds_ahead + depth
+                states = self.advance(self._one_token(tables, guess_R, positions), states)
+        return tokens, cells, probs
 
     def _tables(self, rows: Sequence[DraftRow]) -> torch.Tensor:
         """[R, M] the rows' blocks; block 0 pads."""

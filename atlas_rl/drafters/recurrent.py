@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from ctypes import c_double, c_float, c_int64, c_void_p
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -54,29 +53,25 @@ MAX_DRAFT = 16
 EDGES = MARGIN_EDGES.astype(np.float32)
 
 
-class Listener(Protocol):
-    def verified(self, rows: Sequence[DraftRow], batch: ForwardBatch, num_right: np.ndarray) -> None: ...
-
-    def release(self, rows: Sequence[DraftRow], finished: bool) -> None: ...
-
-
 class RecurrentDrafter(Drafter):
     """Serves a `RecurrentHead`.
 
     Args:
         name: what logs and the controller call it: the same head may be served twice, as a static and as an adaptive drafter.
+        vocabulary: another drafter's, who keeps it up to date; None: its own.
     """
 
-    def __init__(self, head: RecurrentHead, *, name: str = "recurrent") -> None:
+    def __init__(
+        self, head: RecurrentHead, *, name: str = "recurrent", vocabulary: DraftVocabulary | None = None
+    ) -> None:
         self.head = head.eval().requires_grad_(False)
         self.name = name
         self.layers = head.layers
         self.calibration = Calibration()
-        self.vocabulary: DraftVocabulary | None = None
+        self.vocabulary = vocabulary
+        self.owns_vocabulary = vocabulary is None
         self.native: NativeHead | None = None
         self.view: PolicyView | None = None
-        self.listener: Listener | None = None
-        """Told of every decode step and of rows that leave: what collects material for retraining."""
         self.forget()
 
     def forget(self) -> None:
@@ -85,6 +80,8 @@ class RecurrentDrafter(Drafter):
         self.sources: list[torch.Tensor] = []
         """Features [N, D], of which row i reads place places[i]; -1: it has none yet."""
         self.places = np.zeros(0, np.int64)
+        self.latest: tuple[Sequence[DraftRow], ForwardBatch, np.ndarray] | None = None
+        """What `verified` was told last; looked at when it is needed."""
         self.proposed: tuple[Sequence[DraftRow], np.ndarray] | None = None
         """Rows and cells [R, K] of the last proposal."""
 
@@ -99,7 +96,7 @@ class RecurrentDrafter(Drafter):
             )
         self.view = view
         self.head.to(view.device)
-        if self.vocabulary is None or self.vocabulary.size != view.vocab_size:
+        if self.owns_vocabulary and (self.vocabulary is None or self.vocabulary.size != view.vocab_size):
             self.vocabulary = DraftVocabulary(view.vocab_size)
         self.native = NativeHead(self.head) if NativeHead.serves(view) else None
         self.weights_updated()
@@ -123,13 +120,15 @@ class RecurrentDrafter(Drafter):
         self.forget()
 
     def policy_updated(self) -> None:
-        self.vocabulary.choose()
+        if self.owns_vocabulary:
+            self.vocabulary.choose()
         self.weights_updated()
 
     # ---- rows ------------------------------------------------------------------------------------------------------------
 
     def started(self, rows: Sequence[DraftRow], batch: ForwardBatch | None, places: np.ndarray) -> None:
-        known = self._places_of(self.rows)  # of the rows that decode already, whose features move to the front
+        self._look()
+        known = self.places  # of the rows that decode already, whose features move to the front
         parts = [] if not len(known) else [[source[torch.from_numpy(known)] for source in self.sources]]
         if batch is not None:
             at = torch.from_numpy(np.maximum(places, 0))
@@ -141,11 +140,7 @@ class RecurrentDrafter(Drafter):
         self.rows = [*self.rows, *rows]
 
     def verified(self, rows: Sequence[DraftRow], batch: ForwardBatch, num_right: np.ndarray) -> None:
-        self.sources = self._sources_of(batch)
-        self.places = np.cumsum(batch.query_lens) - batch.query_lens + num_right
-        self.rows = rows
-        if self.listener is not None:
-            self.listener.verified(rows, batch, num_right)
+        self.latest = (rows, batch, num_right)
 
     def observe(self, rows: Sequence[DraftRow], num_drafted: Sequence[int], num_accepted: Sequence[int]) -> None:
         if self.proposed is None or self.proposed[0] is not rows:
@@ -158,10 +153,8 @@ class RecurrentDrafter(Drafter):
             self.calibration.record(cells_RK, drafted, accepted)
 
     def release(self, rows: Sequence[DraftRow], finished: bool) -> None:
-        if finished:
+        if finished and self.owns_vocabulary:
             self.vocabulary.count([row.output_ids for row in rows])
-        if self.listener is not None:
-            self.listener.release(rows, finished)
 
     # ---- guesses ---------------------------------------------------------------------------------------------------------
 
@@ -215,11 +208,19 @@ class RecurrentDrafter(Drafter):
             token_ids[:, depth], probs[:, depth] = last.cpu().numpy(), np.where(alive, running, 0.0)
         return token_ids, cells, probs
 
+    def _look(self) -> None:
+        """Take over the latest step's features."""
+        if self.latest is not None:
+            (self.rows, batch, num_right), self.latest = self.latest, None
+            self.sources = self._sources_of(batch)
+            self.places = np.cumsum(batch.query_lens) - batch.query_lens + num_right
+
     def _sources_of(self, batch: ForwardBatch) -> list[torch.Tensor]:
         return [*(batch.tapped[layer] for layer in self.layers), batch.hidden_ND]
 
     def _places_of(self, rows: Sequence[DraftRow]) -> np.ndarray:
         """[R] where rows' features are; rows that have left are forgotten."""
+        self._look()
         if rows is not self.rows:
             places = dict(zip((row.row_id for row in self.rows), self.places.tolist(), strict=True))
             self.places = np.array([places.get(row.row_id, -1) for row in rows], np.int64)

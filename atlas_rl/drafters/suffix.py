@@ -15,6 +15,7 @@ done in C++ (suffix.cpp), as 64 rows of a small policy leave a drafter 50 µs pe
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Sequence
 from ctypes import c_double, c_float, c_int64, c_uint64, c_void_p
 from hashlib import blake2b
@@ -42,6 +43,8 @@ LIBRARY = Library(
 CONTEXT = 8
 """Tokens that a guess looks back at."""
 MAX_DRAFT = 32
+MAX_UNLEARNED = 64
+"""Rows that are kept to be learned from later; the oldest are forgotten."""
 
 
 class SuffixDrafter(Drafter):
@@ -69,6 +72,8 @@ class SuffixDrafter(Drafter):
         """Tokens of each row's completion that the model knows."""
         self.num_live: dict[int, int] = {}
         """Rows per prompt; what a prompt itself says is learned once, with its first row."""
+        self.unlearned: deque[DraftRow] = deque()
+        """Rows that have left, and have said more than was learned."""
 
     def __del__(self) -> None:
         if hasattr(self, "model"):
@@ -100,6 +105,7 @@ class SuffixDrafter(Drafter):
             self.num_learned[row.row_id] = position
 
     def propose(self, rows: Sequence[DraftRow], max_lens: np.ndarray, min_prob: float = 0.0) -> Drafts:
+        self._catch_up()
         slots = np.array([self.slots[row.row_id] for row in rows], np.int64)
         width = min(MAX_DRAFT, int(max_lens.max()))
         tokens, probs = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width))
@@ -131,15 +137,33 @@ class SuffixDrafter(Drafter):
         )
 
     def release(self, rows: Sequence[DraftRow], finished: bool) -> None:
+        """Learning costs time, lost where the drafter is not asked: what rows have said at their end waits until it is."""
         for row in rows:
-            self.functions.suffix_release(self.model, self.slots.pop(row.row_id))
-            del self.num_learned[row.row_id]
-            prompt = _prompt_key(row.prompt_ids)
-            self.num_live[prompt] -= 1
-            if not self.num_live[prompt]:
-                del self.num_live[prompt]
+            if finished and self.num_learned[row.row_id] < len(row.output_ids):
+                self.unlearned.append(row)
+                if len(self.unlearned) > MAX_UNLEARNED:
+                    self._drop(self.unlearned.popleft())
+            else:
+                self._drop(row)
+
+    def _catch_up(self) -> None:
+        if self.unlearned:
+            nobody = [0] * len(self.unlearned)
+            self.observe(self.unlearned, nobody, nobody)
+            while self.unlearned:
+                self._drop(self.unlearned.popleft())
+
+    def _drop(self, row: DraftRow) -> None:
+        self.functions.suffix_release(self.model, self.slots.pop(row.row_id))
+        del self.num_learned[row.row_id]
+        prompt = _prompt_key(row.prompt_ids)
+        self.num_live[prompt] -= 1
+        if not self.num_live[prompt]:
+            del self.num_live[prompt]
 
     def reset(self) -> None:
+        while self.unlearned:
+            self._drop(self.unlearned.popleft())
         assert not self.slots, "rows are decoding"
         self.functions.suffix_free(self.model)
         self.model = c_void_p(self.functions.suffix_new(*self.settings))

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-COVERAGE = 0.9995
+COVERAGE = 0.9999
 """Share of recent tokens that the vocabulary has to hold; a token outside it costs the rest of a draft."""
-MIN_TOKENS = 20_000
+MIN_TOKENS = 50_000
 """Until so many have been seen, every id is in it."""
 HALF_LIFE_TOKENS = 200_000.0
 MULTIPLE = 32

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence as Rows
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from atlas_rl.control.controller import PLAIN, Arm, Controller
 from atlas_rl.control.lookahead import choose_draft_lens
 from atlas_rl.control.trust import Trust
-from atlas_rl.drafters.base import Drafter, Drafts
+from atlas_rl.drafters.base import Drafter, DraftRow, Drafts
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.engine.scheduler import PrefillChunk, Scheduler
@@ -24,6 +24,12 @@ logger = logging.getLogger(__name__)
 
 MAX_DRAFT_LEN = 16
 """Longest draft asked for when the lookahead is automatic."""
+
+
+class Listener(Protocol):
+    def verified(self, rows: Rows[DraftRow], batch: ForwardBatch, num_right: np.ndarray) -> None: ...
+
+    def release(self, rows: Rows[DraftRow], finished: bool) -> None: ...
 
 
 class Speculator:
@@ -45,6 +51,8 @@ class Speculator:
         """[R] which of the arm's drafters each row's draft of the current step is from."""
         self.expected = np.zeros(0)
         """Accepted tokens that the current step's drafts promise, by drafter of the arm."""
+        self.listener: Listener | None = None
+        """Told of every decode step and of rows that leave: what collects material for retraining."""
         self.behind: set[str] = set()
         """Drafters that have not been told of all that rows have emitted, because they are not asked."""
         for drafter in drafters:
@@ -108,9 +116,12 @@ class Speculator:
             self._call(drafter, "started", sequences, batch, at)
 
     def release(self, sequences: list[Sequence], finished: bool) -> None:
-        if sequences:
-            for drafter in self.active:
-                self._call(drafter, "release", sequences, finished)
+        if not sequences:
+            return
+        for drafter in self.active:
+            self._call(drafter, "release", sequences, finished)
+        if self.listener is not None:
+            self.listener.release(sequences, finished)
 
     def policy_updated(self) -> None:
         self.controller.policy_updated()
@@ -175,19 +186,18 @@ class Speculator:
         start = time.perf_counter()
         for drafter in self.readers:
             self._call(drafter, "verified", sequences, batch, num_right)
+        if self.listener is not None:
+            self.listener.verified(sequences, batch, num_right)
         drafted, accepted = batch.query_lens - 1, np.array(num_accepted)
         if drafted.any():
             self._count(drafted, accepted, stats)
-        finished = [seq for seq in sequences if seq.finish_reason is not None]
         for drafter in self.active:
             if drafter.name in self.arm:
                 mine = self.sources == self.arm.index(drafter.name)
                 counts = np.where(mine, drafted, 0).tolist(), np.where(mine, accepted, 0).tolist()
                 self._call(drafter, "observe", sequences, *counts)
-            else:  # told in one go, before it is asked again or a row leaves
+            else:  # told in one go, before it is asked again
                 self.behind.add(drafter.name)
-                if finished:
-                    self._call(drafter, "observe", finished, [0] * len(finished), [0] * len(finished))
         stats.seconds["draft"] += time.perf_counter() - start
 
     def settle(self, num_rows: int, seconds: float) -> None:
@@ -262,7 +272,7 @@ class Speculator:
         try:
             return getattr(drafter, method)(*args)
         except Exception as error:  # a drafter is never worth a rollout
-            self._bench(drafter, f"{method} raised {type(error).__name__}: {error}")
+            self.bench(drafter, f"{method} raised {type(error).__name__}: {error}")
             return None
 
     def _checked(self, drafter: Drafter, drafts: Drafts, max_lens: np.ndarray) -> Drafts | None:
@@ -276,9 +286,12 @@ class Speculator:
             fault = f"a token id outside the vocabulary: {token_ids.min()} … {token_ids.max()}"
         else:
             return Drafts(token_ids, np.where(np.arange(probs.shape[1]) < max_lens[:, None], probs, 0.0))
-        self._bench(drafter, f"it proposed {fault}")
+        self.bench(drafter, f"it proposed {fault}")
         return None
 
-    def _bench(self, drafter: Drafter, reason: str) -> None:
+    def bench(self, drafter: Drafter, reason: str) -> None:
+        """Decode without a drafter that has failed, until it is reinstated; one warning."""
+        if drafter.name in self.controller.benched:
+            return
         logger.warning("drafter %s is benched, decoding goes on without it: %s", drafter.name, reason)
         self.controller.benched.add(drafter.name)

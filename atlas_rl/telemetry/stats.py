@@ -139,7 +139,7 @@ class RolloutStats:
             row["draft_vocabulary"] = self.draft_vocabulary
         if self.retrain is not None:
             row["retrain"] = {k: round(v, 6) for k, v in asdict(self.retrain).items() if v is not None}
-        if self.plain_seconds_estimate is not None and total > 0:
+        if self.plain_seconds_estimate and total > 0:
             row["plain_tokens_per_s_estimate"] = self.completion_tokens / self.plain_seconds_estimate
             row["speedup_estimate"] = self.plain_seconds_estimate / total
         return row

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,17 @@ class RunSummary:
     speedup: float | None
     acceptance: float | None
     tokens_per_decode_step: float | None
+    arms: dict[str, int]
+    """Decode steps by who drafted."""
+    retrain_updates: int
+    retrain_kept: int
+    retrain_steps: int
+    retrain_seconds: float
+    retrain_first: float | None
+    """Tokens per step of the adaptive drafter (lookahead 4, held-out completions) when it was first retrained."""
+    retrain_last: float | None
+    """After the last time."""
+    rollout_seconds: float
     rollout_share: float | None
     num_steps: int
     reward_first: float | None
@@ -65,6 +76,17 @@ class RunSummary:
             )
         if self.tokens_per_decode_step is not None:
             yield "tokens per decode step", f"{self.tokens_per_decode_step:.2f}", "per sequence; 1 without drafts"
+        if len(self.arms) > 1:
+            total = sum(self.arms.values())
+            shares = sorted(self.arms.items(), key=lambda item: -item[1])
+            about = ", ".join(f"{name} {count / total:.0%}" for name, count in shares if count / total >= 0.005)
+            yield "drafts by", f"{1 - self.arms.get('plain', 0) / total:.0%}", f"of decode steps: {about}"
+        if self.retrain_updates:
+            about = f"{self.retrain_steps} optimizer steps in {self.retrain_updates} updates, {self.retrain_kept} kept"
+            yield "retraining", f"{self.retrain_seconds:.2f} s", f"of {self.rollout_seconds:.1f} s of rollouts; {about}"
+        if self.retrain_first is not None:
+            change = f"{self.retrain_first:.2f} → {self.retrain_last:.2f}"
+            yield "adaptive drafter", change, "tokens per step at lookahead 4, held-out completions"
         if self.rollout_share is not None:
             yield "share of the step", f"{self.rollout_share:.0%}", "of a training step goes into rollouts"
         if self.reward_first is not None:
@@ -81,6 +103,8 @@ def summarize_run(log_path: str | Path, log_history: list[dict[str, Any]]) -> Ru
     timed = [row for row in rows if row["kind"] == "step" and "step_seconds" in row]
     tokens = sum(row["completion_tokens"] for row in rollouts)
     rewards = [entry["reward"] for entry in log_history if "reward" in entry]
+    retrains = [row["retrain"] for row in rollouts if "retrain" in row]
+    judged = [row for row in retrains if "acceptance_before" in row]
     fifth = max(1, len(rewards) // 5)
     return RunSummary(
         log_path=path,
@@ -92,6 +116,14 @@ def summarize_run(log_path: str | Path, log_history: list[dict[str, Any]]) -> Ru
         speedup=_speedup(rollouts),
         acceptance=_acceptance(rollouts),
         tokens_per_decode_step=_tokens_per_decode_step(rollouts),
+        arms=dict(sum((Counter(row.get("arms", {})) for row in rollouts), Counter())),
+        retrain_updates=sum(row["updates"] for row in retrains),
+        retrain_kept=sum(row["kept"] for row in retrains),
+        retrain_steps=sum(row["steps"] for row in retrains),
+        retrain_seconds=sum(row["seconds"].get("retrain", 0.0) for row in rollouts),
+        retrain_first=judged[0]["acceptance_before"] if judged else None,
+        retrain_last=judged[-1]["acceptance_after"] if judged else None,
+        rollout_seconds=_slowest_rank_seconds(rollouts),
         rollout_share=_ratio(sum(row["seconds"]["total"] for row in timed), sum(row["step_seconds"] for row in timed)),
         num_steps=len(rewards),
         reward_first=sum(rewards[:fifth]) / fifth if len(rewards) > 1 else None,

@@ -76,6 +76,19 @@ def test_a_smaller_vocabulary_is_refused():
         DraftModelDrafter(tiny_llama(vocab_size=50)).bind(PolicyView(tiny_llama()))
 
 
+@pytest.mark.parametrize("size", [80, 112])
+def test_vocabularies_of_one_tokenizer_may_be_padded_to_different_sizes(monkeypatch, size):
+    monkeypatch.setattr("atlas_rl.drafters.draft_model._token_ids", lambda path: {"a": 0})
+    policy = tiny_llama(torch.float64)
+    requests = make_requests(4, 2, max_new_tokens=24)
+    plain = make_engine(policy).generate(requests, SamplingParams())
+    engine = make_engine(
+        policy, AtlasConfig(lookahead=3), DraftModelDrafter(tiny_llama(torch.float64, vocab_size=size))
+    )
+    assert [r.token_ids for r in engine.generate(requests, SamplingParams())] == [r.token_ids for r in plain]
+    assert engine.stats.drafters["draft_model"].accepted and not engine.controller.benched
+
+
 def test_another_tokenizer_is_refused(tmp_path, shipped_policy):
     same, other = tmp_path / "same", tmp_path / "other"
     shutil.copytree(policy_path(), same)

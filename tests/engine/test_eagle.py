@@ -38,6 +38,11 @@ class Recorded(EagleDrafter):
         self.drafts: dict[tuple, tuple[list[int], list[torch.Tensor]]] = {}
         """Guesses and states after the final norm, by seed, prompt and completion."""
         self.states: list[torch.Tensor] = []
+        self.longest_backlog = 0
+
+    def verified(self, rows, batch, num_right):
+        super().verified(rows, batch, num_right)
+        self.longest_backlog = max(self.longest_backlog, self.backlog_len)
 
     def propose(self, rows, max_lens, min_prob=0.0):
         self.num_asked += 1
@@ -100,15 +105,15 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("options", [{}, {"norm_before_residual": True}], ids=["", "norm_before_residual"])
-def test_serving_equals_the_unroll(schedule, options):
+@pytest.mark.parametrize(("norm_before_residual", "away"), [(False, 0), (True, 0), (False, 12)])
+def test_serving_equals_the_unroll(schedule, norm_before_residual, away):
     policy = make_policy()
-    head = make_head(policy, **options)
-    requests = make_requests(5, 3, max_new_tokens=20)
-    _, drafter = run(policy, Recorded(head), requests, **SCHEDULES[schedule])
-    assert len(drafter.drafts) > 100
+    head = make_head(policy, norm_before_residual=norm_before_residual)
+    requests = make_requests(5, 3, max_new_tokens=40)
+    _, drafter = run(policy, Recorded(head, away), requests, **SCHEDULES[schedule])
+    assert len(drafter.drafts) > 20
     assert (drafter.num_preemptions > 0) == (schedule == "preemption")
-    for (_, prompt, output), (guesses, states) in list(drafter.drafts.items())[::7]:
+    for (_, prompt, output), (guesses, states) in list(drafter.drafts.items())[:: 1 if away else 9]:
         expected = unrolled(policy, head, prompt, output, guesses)
         torch.testing.assert_close(torch.stack(states), expected, rtol=1e-6, atol=1e-6)
 
@@ -130,6 +135,7 @@ def test_coming_back_is_as_never_having_left(monkeypatch, backlog):
     monkeypatch.setattr(eagle, "MAX_BACKLOG", backlog)
     again, sometimes = run(policy, Recorded(make_head(policy), away=5), requests)
     assert [r.token_ids for r in again] == [r.token_ids for r in rollouts]
+    assert sometimes.longest_backlog <= backlog + DEPTH
     common = always.drafts.keys() & sometimes.drafts.keys()
     assert len(common) > 20
     for key in common:

@@ -39,7 +39,7 @@ def test_overview_names_every_command(capsys):
     assert all(name in overview for name in ("train", "bench", "doctor", "configs/quickstart.yaml"))
 
 
-@pytest.mark.parametrize("command", ["train", "doctor"])
+@pytest.mark.parametrize("command", ["train", "drafter", "doctor"])
 def test_help_teaches_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -61,11 +61,13 @@ def test_help_and_early_errors_import_nothing_heavy(config):
         ["train", "--config", str(config), "--model_name_or_path", "./missing"],
         ["train", "--config", str(config), "--dataset_name", "missing.jsonl"],
         ["train", "ppo", "--config", str(config)],
+        ["drafter", "train", "--out", "drafter", "--kind", "eagel"],
+        ["drafter", "eval", "missing"],
     ]
     script = (
         "import sys\n"
         "from atlas_rl.cli import main\n"
-        "for command in ('train', 'doctor'):\n"
+        "for command in ('train', 'drafter', 'doctor'):\n"
         "    try: main([command, '--help'])\n"
         "    except SystemExit as stop: assert stop.code == 0\n"
         "assert not {'torch', 'transformers', 'yaml', 'rich', 'numpy'} & set(sys.modules)\n"
