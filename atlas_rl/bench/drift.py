@@ -7,7 +7,6 @@ between two updates.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -27,6 +26,7 @@ from atlas_rl.bench.recorded_run import RecordedRun, RecordedStep
 from atlas_rl.config import AdaptConfig, AtlasConfig
 from atlas_rl.drafters import build_drafters, load_drafter
 from atlas_rl.drafters.base import Drafter
+from atlas_rl.drafters.checkpoints import load_head
 from atlas_rl.drafters.recurrent import RecurrentDrafter
 from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.policy_view import PolicyView
@@ -198,8 +198,8 @@ def sweep_shares(
     if not isinstance(frozen, RecurrentDrafter):
         raise ValueError(f"{static_drafter} holds no recurrent head: only those are retrained")
     config = AdaptConfig()
-    capture = frozen.listener = Capture(frozen.layers, config.max_tokens)
     engine = RolloutEngine(view, AtlasConfig(lookahead=LOOKAHEAD), frozen)
+    capture = engine.speculator.listener = Capture(frozen.layers, config.max_tokens)
     learners = [Learner(frozen, share, run.sampling, config) for share in shares]
     captured: Replay | None = None
     for index, step in enumerate(tqdm(run.steps, desc="sweeping shares", unit="step")):
@@ -209,7 +209,7 @@ def sweep_shares(
         engine.weights_changed = True
         engine.generate(step.requests, run.sampling)
         captured = capture.take()
-    final = copy.deepcopy(load_drafter(static_drafter).head)
+    final = load_head(static_drafter)
     made = distill(view, run.prompts, final, DistillConfig(sampling=run.sampling, **converge))
     look = probe.look()
     best = probe.measure(RecurrentDrafter(final))

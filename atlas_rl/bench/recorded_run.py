@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProgressCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from atlas_rl.attachment import PHASES, mix_seed
+from atlas_rl.cli.progress import CompactProgress
 from atlas_rl.config import AtlasConfig
 from atlas_rl.generator import AtlasRolloutGenerator
 from atlas_rl.integrations.hf_generate import sampling_params
@@ -64,6 +65,8 @@ def record_run(
             rollout_func=recorder,
             callbacks=[recorder.atlas],
         )
+        if trainer.pop_callback(ProgressCallback) is not None:
+            trainer.add_callback(CompactProgress)
         try:
             trainer.train()
         finally:
