@@ -47,6 +47,7 @@ class Adaptation:
         self.last_update = time.perf_counter()
         self.num_updates = 0
         self.is_distilling = False
+        self.has_failed = False
 
     def attach(self, engine: RolloutEngine) -> None:
         """Serve an engine that was built with these drafters."""
@@ -75,8 +76,11 @@ class Adaptation:
         try:
             self._update(engine, has_changed)
         except Exception as error:  # a drafter is never worth a rollout
-            reason = f"its retraining raised {type(error).__name__}: {error}"
-            engine.speculator.bench(self.drafters.adaptive, reason)
+            self.retrainer.restore()
+            if not self.has_failed:
+                name, what = self.drafters.adaptive.name, f"{type(error).__name__}: {error}"
+                logger.warning("retraining of drafter %s failed, it goes on as it was before: %s", name, what)
+            self.has_failed = True
         finally:
             traffic.clear()
             self._listen(engine)
@@ -91,7 +95,11 @@ class Adaptation:
             stats = self._distill(engine, interval, traffic.seconds, remaining)
         else:
             stats = self.retrainer.update(
-                engine.view, interval_seconds=interval, rollout_seconds=traffic.seconds, remaining=remaining
+                engine.view,
+                engine.sampling,
+                interval_seconds=interval,
+                rollout_seconds=traffic.seconds,
+                remaining=remaining,
             )
         if stats is not None:
             engine.stats.retrain = stats
@@ -126,7 +134,7 @@ class Adaptation:
         steps = retrainer.budget.deterministic_steps or 1
         if self.is_distilling and not deterministic:
             steps = max(1, int(DISTILL_SHARE * interval / retrainer.budget.step_seconds))
-        stats = retrainer.train(engine.view, min(steps, self.distill_steps_left))
+        stats = retrainer.train(engine.view, engine.sampling, min(steps, self.distill_steps_left))
         if stats is None:
             return None
         self.distill_steps_left -= stats.steps

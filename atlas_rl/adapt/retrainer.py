@@ -27,6 +27,7 @@ from atlas_rl.control.budget import RetrainBudget
 from atlas_rl.drafters.recurrent import RecurrentDrafter
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.telemetry.stats import RetrainStats
+from atlas_rl.types import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ STARTS_PER_WINDOW = 8
 WINDOWS_PER_STEP = 24
 HELD_OUT_EVERY = 8
 """One completion in so many is held out."""
-HELD_OUT_WINDOWS = 24
+HELD_OUT_WINDOWS = 12
 HELD_OUT_STARTS = 16
 JUDGED_LOOKAHEAD = 4
 NEWEST_SHARE = 0.5
@@ -73,7 +74,13 @@ class Retrainer:
         return self.when != "never" and self.budget.is_near
 
     def update(
-        self, view: PolicyView, *, interval_seconds: float, rollout_seconds: float, remaining: float
+        self,
+        view: PolicyView,
+        sampling: SamplingParams,
+        *,
+        interval_seconds: float,
+        rollout_seconds: float,
+        remaining: float,
     ) -> RetrainStats | None:
         """After a policy update, or some traffic. None if nothing was done.
 
@@ -86,24 +93,24 @@ class Retrainer:
             if (replay := self.capture.take()) is not None:
                 self.kept.append(replay)
             return None
-        stats = self.train(view, max(1, num_steps))
+        stats = self.train(view, sampling, max(1, num_steps))
         if stats is not None and stats.steps:
             gain = stats.acceptance_after / stats.acceptance_before - 1 if stats.kept else 0.0
             costs = self.step_seconds / stats.steps, stats.seconds - self.step_seconds
             self.budget.record(stats.steps, *costs, gain, rollout_seconds, remaining)
         return stats
 
-    def train(self, view: PolicyView, num_steps: int) -> RetrainStats | None:
+    def train(self, view: PolicyView, sampling: SamplingParams, num_steps: int) -> RetrainStats | None:
         """So many optimizer steps on the last rollouts, validated; None if there is nothing to learn from."""
         start = time.perf_counter()
+        self.sampling = sampling
         # a drafter that was benched has seen nothing of the last rollouts
         replay = self.capture.take() or (self.kept.pop() if self.kept else None)
         if replay is None or int(replay.num_starts_R.sum()) < STARTS_PER_WINDOW:
             return None
         is_sound = self._is_sound()
         if not is_sound:
-            self.drafter.head.load_state_dict(self.good_head)
-            self.optimizer = self._new_optimizer()
+            self.restore()
         with torch.inference_mode(False), torch.enable_grad():  # the engine's caller may be under either
             stats = self._update(view, replay, num_steps, start, is_sound)
         if stats.steps:
@@ -140,6 +147,11 @@ class Retrainer:
         stats.seconds = time.perf_counter() - start
         return stats
 
+    def restore(self) -> None:
+        """Give the head the last weights that passed."""
+        self.drafter.head.load_state_dict(self.good_head)
+        self.optimizer = self._new_optimizer()
+
     # ---- parts of an update ----------------------------------------------------------------------------------------------
 
     def _step(self, newest: Replay, ends: PolicyEnds) -> bool:
@@ -158,9 +170,7 @@ class Retrainer:
         try:
             with low_precision(newest.hidden_ND.device):
                 parts = [
-                    unrolled_loss(
-                        head, part, self.config.depth, ends, temperature=self.drafter.sampling.temperature or 1.0
-                    )[0]
+                    unrolled_loss(head, part, self.config.depth, ends, temperature=self.sampling.temperature or 1.0)[0]
                     * (len(part) / WINDOWS_PER_STEP)
                     for part in windows
                 ]
@@ -185,7 +195,7 @@ class Retrainer:
 
     def _measure(self, held_out: Replay, ends: PolicyEnds) -> Acceptance:
         windows = held_out.tiles(HELD_OUT_STARTS + JUDGED_LOOKAHEAD, JUDGED_LOOKAHEAD).rows(slice(HELD_OUT_WINDOWS))
-        return measure(self.drafter.head, windows, ends, self.drafter.sampling, depth=JUDGED_LOOKAHEAD)
+        return measure(self.drafter.head, windows, ends, self.sampling, depth=JUDGED_LOOKAHEAD)
 
     @staticmethod
     def _tokens(acceptance: Acceptance) -> float:

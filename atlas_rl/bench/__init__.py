@@ -1,3 +1,20 @@
 """Measurements: speed against what a user would otherwise run, and the laws at full size."""
 
-ARM_NAMES = ("hf_generate", "hf_continuous_batching", "vllm", "atlas_plain", "atlas_suffix", "atlas")
+import re
+
+ARM_NAMES = (
+    "hf_generate",
+    "hf_continuous_batching",
+    "vllm",
+    "atlas_plain",
+    "atlas_static",
+    "atlas_adaptive",
+    "atlas_suffix",
+    "atlas",
+)
+FIXED_ARM = re.compile(r"(suffix|recurrent|static)@([1-9][0-9]?)")
+"""Arms with one drafter and one lookahead at every step, as in static@4: what the controller is measured against."""
+
+
+def is_arm(name: str) -> bool:
+    return name in ARM_NAMES or FIXED_ARM.fullmatch(name) is not None

@@ -16,7 +16,7 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 from atlas_rl.adapt.adaptation import Adaptation
 from atlas_rl.bench.workload import SAMPLING, Batch, Workload
 from atlas_rl.config import AtlasConfig
-from atlas_rl.drafters import build_drafters
+from atlas_rl.drafters import build_drafters, static_path
 from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.policy_view import PolicyView
 
@@ -145,6 +145,12 @@ class AtlasArm(Arm):
         super().__init__(policy)
         self.view = PolicyView(policy)
         self.engine: RolloutEngine | None = None
+        if (
+            "static" in self.config.drafter_names
+            and self.config.drafters != "auto"
+            and not static_path(self.config, self.view)
+        ):
+            self.skipped = "the policy has no static drafter"
 
     def start(self, workload: Workload, repeat: int) -> None:
         if workload.starts_over(repeat):
@@ -194,3 +200,9 @@ class AtlasStatic(AtlasArm):
 
 class AtlasAdaptive(AtlasArm):
     config = replace(AtlasArm.config, drafters=("recurrent",))
+
+
+def fixed_arm(drafter: str, lookahead: int) -> type[AtlasArm]:
+    """One drafter, one lookahead, at every step."""
+    config = replace(AtlasArm.config, drafters=(drafter,), lookahead=lookahead, retrain="never")
+    return type(f"Atlas_{drafter}_{lookahead}", (AtlasArm,), {"config": config})

@@ -6,7 +6,8 @@
 
 Arms: hf_generate (transformers, TRL's default), hf_continuous_batching (transformers, its KV cache sized to the batch), vllm (its
 CPU build, in an environment that `python -m atlas_rl.bench.make_vllm_venv` makes), atlas_plain (the engine without
-speculation), atlas_suffix (with the suffix drafter), atlas (all automatic).
+speculation), atlas_static, atlas_adaptive and atlas_suffix (with one drafter each), atlas (all automatic). static@4, and the
+like, drafts 4 tokens at every step with one drafter: what the controller is to be measured against.
 
 Ratios are medians over pairs of runs within a round. Rounds go on until their 95 % confidence intervals are within 1.5 %, or
 until the time is spent: what is still open then is called undecided.
@@ -22,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from atlas_rl.bench import ARM_NAMES
+from atlas_rl.bench import ARM_NAMES, is_arm
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     arm_names = [name for name in args.arms.split(",") if name]
-    unknown = [name for name in arm_names if name not in ARM_NAMES]
+    unknown = [name for name in arm_names if not is_arm(name)]
     if unknown or not arm_names:
         raise ValueError(f"--arms names {', '.join(unknown) or 'nothing'}: known are {', '.join(ARM_NAMES)}")
     from atlas_rl.config import read_yaml

@@ -14,7 +14,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from atlas_rl.bench.arms import Arm, AtlasArm, AtlasPlain, AtlasSuffix, HFContinuousBatching, HFGenerate
+from atlas_rl.bench import FIXED_ARM
+from atlas_rl.bench.arms import (
+    Arm,
+    AtlasAdaptive,
+    AtlasArm,
+    AtlasPlain,
+    AtlasStatic,
+    AtlasSuffix,
+    HFContinuousBatching,
+    HFGenerate,
+    fixed_arm,
+)
 from atlas_rl.bench.judging import STEP, judge, summarize
 from atlas_rl.bench.limits import Limits
 from atlas_rl.bench.vllm_arm import VLLM
@@ -25,6 +36,8 @@ ARMS: dict[str, type[Arm]] = {
     "hf_continuous_batching": HFContinuousBatching,
     "vllm": VLLM,
     "atlas_plain": AtlasPlain,
+    "atlas_static": AtlasStatic,
+    "atlas_adaptive": AtlasAdaptive,
     "atlas_suffix": AtlasSuffix,
     "atlas": AtlasArm,
 }
@@ -44,7 +57,8 @@ def run_bench(config: BenchConfig, arm_names: list[str], report: Callable[[str],
     try:
         for name in arm_names:
             report(f"starting {name}")
-            arms[name] = ARMS[name](policy)
+            fixed = FIXED_ARM.fullmatch(name)
+            arms[name] = (fixed_arm(fixed[1], int(fixed[2])) if fixed else ARMS[name])(policy)
             header["versions"] |= arms[name].versions
         end = time.perf_counter() + config.max_seconds
         for index, workload in enumerate(workloads):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from atlas_rl.bench import ARM_NAMES
+from atlas_rl.bench import ARM_NAMES, is_arm
 from atlas_rl.bench.judging import STEP
 from atlas_rl.types import RolloutRequest, SamplingParams
 
@@ -80,7 +80,7 @@ class BenchConfig:
                         f"bench config: workload {workload.name}: {name} must be at least {bound}, got {value}"
                     )
             for key in workload.expect:
-                if key != STEP and not (key.count("/") == 1 and set(key.split("/")) <= set(ARM_NAMES)):
+                if key != STEP and not (key.count("/") == 1 and all(map(is_arm, key.split("/")))):
                     raise ValueError(
                         f"bench config: workload {workload.name}: expect knows {STEP} and arm/arm, not {key!r} "
                         f"(arms: {', '.join(ARM_NAMES)})"

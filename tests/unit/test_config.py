@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from atlas_rl.config import AtlasConfig, EngineConfig, read_yaml
+from atlas_rl.config import DRAFTER_NAMES, AtlasConfig, EngineConfig, read_yaml
 from atlas_rl.types import SamplingParams
 
 
 def test_defaults_need_no_argument():
-    assert AtlasConfig().drafter_names == ("suffix",)
+    assert AtlasConfig().drafter_names == DRAFTER_NAMES
     assert AtlasConfig(speculate=False).drafter_names == ()
     assert AtlasConfig(lookahead=0).drafter_names == ()
 
