@@ -146,7 +146,7 @@ class Learner:
 
     def __init__(self, drafter: RecurrentDrafter, share: float, sampling: SamplingParams, config: AdaptConfig) -> None:
         self.drafter, self.share = duplicate(drafter), share
-        self.drafter.sampling = sampling
+        self.sampling = sampling
         self.retrainer = Retrainer(self.drafter, config, "every_update")
         self.saved = self.step_seconds = self.fixed_seconds = 0.0
         self.interval_seconds = 0.0
@@ -160,7 +160,7 @@ class Learner:
             self.retrainer.kept.append(replay)
             return
         self.retrainer.capture.take = lambda: replay
-        stats = self.retrainer.train(view, num_steps)
+        stats = self.retrainer.train(view, self.sampling, num_steps)
         if stats is None:
             return
         self.saved -= stats.seconds

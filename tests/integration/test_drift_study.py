@@ -66,14 +66,20 @@ def make_probe(policy) -> Probe:
 
 def test_kl_of_a_policy_to_itself_is_zero():
     policy = tiny_llama()
-    rollouts = [Rollout(prompt_ids=[3, 4], token_ids=[5, 6, 7], logprobs=[], finish_reason="length"), Rollout(prompt_ids=[9], token_ids=[1], logprobs=[], finish_reason="length")]
+    rollouts = [
+        Rollout(prompt_ids=[3, 4], token_ids=[5, 6, 7], logprobs=[], finish_reason="length"),
+        Rollout(prompt_ids=[9], token_ids=[1], logprobs=[], finish_reason="length"),
+    ]
     assert per_token_kl(policy, copy.deepcopy(policy), rollouts) == 0.0
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_kl_matches_its_definition(temperature: float):
     policy, start = tiny_llama(torch.float64), moved(tiny_llama(torch.float64), 0.05)
-    rollouts = [Rollout(prompt_ids=[3, 4, 5], token_ids=[6, 7], logprobs=[], finish_reason="length"), Rollout(prompt_ids=[9], token_ids=[1, 2, 3, 4], logprobs=[], finish_reason="length")]
+    rollouts = [
+        Rollout(prompt_ids=[3, 4, 5], token_ids=[6, 7], logprobs=[], finish_reason="length"),
+        Rollout(prompt_ids=[9], token_ids=[1, 2, 3, 4], logprobs=[], finish_reason="length"),
+    ]
     by_hand = []
     for rollout in rollouts:
         for n in range(len(rollout.token_ids)):
