@@ -10,21 +10,22 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from atlas_rl.adapt.adaptation import Adaptation
 from atlas_rl.adapt.capture import Capture
 from atlas_rl.adapt.distill import DistillConfig, distill
 from atlas_rl.adapt.replay import Replay
 from atlas_rl.adapt.retrainer import Retrainer
+from atlas_rl.attachment import Attachment
 from atlas_rl.bench.output_law import TIE_MARGIN, first_difference
 from atlas_rl.bench.probe import LOOKAHEAD, Probe, duplicate
 from atlas_rl.bench.recorded_run import RecordedRun, RecordedStep
 from atlas_rl.config import AdaptConfig, AtlasConfig
-from atlas_rl.drafters import build_drafters, load_drafter
+from atlas_rl.drafters import load_drafter
 from atlas_rl.drafters.base import Drafter
 from atlas_rl.drafters.checkpoints import load_head
 from atlas_rl.drafters.recurrent import RecurrentDrafter
@@ -45,16 +46,14 @@ ROLLOUT_FIGURES = ("tokens_per_s", "tokens_per_decode_step", "completion_tokens"
 
 
 class Mode:
-    """One way of drafting, as it lives through a run."""
+    """One way of drafting, as it lives through a run: what a trainer's callback would hold."""
 
-    def __init__(self, name: str, policy: PreTrainedModel, static_drafter: str) -> None:
-        config = replace(MODES[name], static_drafter=static_drafter)
-        self.name, self.remaining = name, 0
-        view = PolicyView(policy)
-        self.drafters = build_drafters(config, view)
-        self.engine = RolloutEngine(view, config, self.drafters.all)
-        self.adaptation = Adaptation(config, self.drafters, remaining=lambda: float(self.remaining))
-        self.adaptation.attach(self.engine)
+    def __init__(self, name: str, policy: PreTrainedModel, static_drafter: str, num_steps: int) -> None:
+        self.name = name
+        self.attachment = Attachment(policy, None, replace(MODES[name], static_drafter=static_drafter))
+        self.attachment.state = SimpleNamespace(global_step=0, max_steps=num_steps)
+        self.engine = self.attachment.ready_engine()
+        self.drafters = self.attachment.adaptation.drafters
 
     @property
     def drafter(self) -> Drafter | None:
@@ -63,11 +62,11 @@ class Mode:
         return self.drafters.adaptive or next(iter(neural or self.drafters.all), None)
 
     def rollout(
-        self, step: RecordedStep, sampling: SamplingParams, interval: float, remaining: int
+        self, index: int, step: RecordedStep, sampling: SamplingParams, interval: float
     ) -> tuple[list[Rollout], dict[str, Any]]:
         """The step's rollouts by the policy as it is, and their figures, after the update that comes before them."""
-        self.remaining = remaining
-        self.adaptation.last_update = time.perf_counter() - interval
+        self.attachment.state.global_step = index
+        self.attachment.adaptation.last_update = time.perf_counter() - interval
         self.engine.weights_changed = True
         rollouts = self.engine.generate(step.requests, sampling)
         row = self.engine.stats.to_dict()
@@ -88,7 +87,7 @@ def replay_run(
         AssertionError: a mode made other tokens than the run did, and no float tie explains it.
     """
     policy.load_state_dict(run.steps[0].weights)
-    lived = [Mode(name, policy, static_drafter) for name in modes]
+    lived = [Mode(name, policy, static_drafter, len(run.steps)) for name in modes]
     looked_at = probed_steps(len(run.steps), num_probes)
     result: dict[str, Any] = {"steps": [], "float_ties": 0, "modes": {mode.name: {"steps": []} for mode in lived}}
     for index, step in enumerate(tqdm(run.steps, desc="replaying the run", unit="step")):
@@ -97,13 +96,15 @@ def replay_run(
         interval = run.steps[index - 1].seconds
         first = index % len(lived)  # whoever goes first finds cold caches
         for mode in lived[first:] + lived[:first]:
-            rollouts, figures = mode.rollout(step, run.sampling, interval, len(run.steps) - index)
+            rollouts, figures = mode.rollout(index, step, run.sampling, interval)
             result["float_ties"] += count_ties(policy, step, rollouts, run.sampling)
             result["modes"][mode.name]["steps"].append({"step": index} | figures)
         if index in looked_at:
             facts |= probe.look()
             _probe_all(lived, probe, result["modes"])
         result["steps"].append(facts)
+    for mode in reversed(lived):
+        mode.attachment.close()
     return result
 
 
