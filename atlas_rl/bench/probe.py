@@ -63,10 +63,9 @@ class Probe:
         self.view = PolicyView(policy)
         self.start = copy.deepcopy(policy)
         self.sampling = sampling
-        self.requests = [
-            RolloutRequest(prompt_ids=prompt, seed=PROBE_SEED + i, max_new_tokens=sampling.max_new_tokens)
-            for i, prompt in enumerate(prompt for prompt in prompts for _ in range(num_samples))
-        ]
+        self.prompts = [prompt for prompt in prompts for _ in range(num_samples)]
+        self.num_looks = 0
+        self.requests: list[RolloutRequest] = []
         self.plain = RolloutEngine(self.view, AtlasConfig(speculate=False))
         self.suffix = None
         if SuffixDrafter.unavailable_reason() is None:
@@ -75,7 +74,16 @@ class Probe:
         """Of the policy as it was last looked at."""
 
     def look(self) -> dict[str, float]:
-        """The policy has other weights: make its rollouts. Returns its distance from the start."""
+        """The policy has other weights: make its rollouts. Returns its distance from the start.
+
+        Seeds are new each time, as in training: with the noise of an earlier probe the suffix drafter would know the answers.
+        """
+        self.num_looks += 1
+        first_seed, limit = PROBE_SEED * self.num_looks, self.sampling.max_new_tokens
+        self.requests = [
+            RolloutRequest(prompt_ids=prompt, seed=first_seed + i, max_new_tokens=limit)
+            for i, prompt in enumerate(self.prompts)
+        ]
         self.plain.weights_changed = True
         self.rollouts = self.plain.generate(self.requests, self.sampling)
         num_tokens = sum(len(r.token_ids) for r in self.rollouts)

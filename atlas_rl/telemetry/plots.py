@@ -25,7 +25,7 @@ LABELS = {
     "suffix": "suffix drafter alone",
     "plain": "no drafts",
 }
-WIDTH, HEIGHT, DPI = 4.2, 3.2, 110
+WIDTH, HEIGHT, DPI = 4.2, 3.2, 96
 
 
 def plot_drift(study: dict[str, Any] | str | Path, png: str | Path) -> Path:
@@ -84,11 +84,13 @@ def _shares(axes: Axes, study: dict[str, Any]) -> None:
     frozen = sweep["frozen"]["probe"]["tokens_per_decode_step"]
     axes.axhline(frozen, color=COLORS["never"], lw=1, label=LABELS["never"])
     axes.set(
-        xscale="log",
         xlabel="% of the run's time spent on retraining",
         ylabel="tokens per step at the end",
         title="How much it takes",
+        xscale="log",
     )
+    axes.set_xticks(shares, [f"{share:.2g}" for share in shares])
+    axes.minorticks_off()
 
 
 PANELS = {"drift": (_against_kl, _along_the_run), "sweep": (_shares,)}
