@@ -9,7 +9,7 @@ PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
-EXTRAS := tasks,peft,test,dev
+EXTRAS := tasks,plots,peft,test,dev
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test lint format clean

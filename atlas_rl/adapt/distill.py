@@ -142,12 +142,13 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def fresh_head(kind: str, view: PolicyView, seed: int) -> DraftHead:
-    """A head of this kind for the policy, with random weights that leave the global random state alone."""
+def fresh_head(kind: str, view: PolicyView, seed: int, **options: Any) -> DraftHead:
+    """A head of this kind for the policy, with random weights that leave the global random state alone; `options` are the
+    recurrent head's."""
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind == "recurrent":
-            return RecurrentHead.for_policy(view)
+            return RecurrentHead.for_policy(view, **options)
         return EagleHead.for_policy(view.model.config).to(view.device)
 
 

@@ -73,7 +73,7 @@ def check_output_law(
             expected, got = plain[index].token_ids, by_request[index].token_ids
             report.num_tokens += len(expected)
             if got != expected:
-                report.differences.append(_first_difference(model, request, sampling, expected, got))
+                report.differences.append(first_difference(model, request, sampling, expected, got))
         yield report
 
 
@@ -107,7 +107,7 @@ def _variants(
     yield "adversarial, forced preemption", replace(fixed, engine=tight), adversary(), order
 
 
-def _first_difference(
+def first_difference(
     model: PreTrainedModel, request: RolloutRequest, sampling: SamplingParams, expected: list[int], got: list[int]
 ) -> Difference:
     position = next((i for i, (a, b) in enumerate(zip(expected, got)) if a != b), min(len(expected), len(got)))

@@ -42,9 +42,9 @@ class RecurrentHead(DraftHead):
         self.out_norm = _norm(hidden_size)
 
     @classmethod
-    def for_policy(cls, view: PolicyView, **options: Any) -> RecurrentHead:
-        """A fresh head for this policy: random weights, its final norm, two layers from its first half."""
-        layers = sorted({view.num_layers // 4, view.num_layers // 2})
+    def for_policy(cls, view: PolicyView, *, layers: Iterable[int] | None = None, **options: Any) -> RecurrentHead:
+        """A fresh head for this policy: random weights, its final norm, two layers from its first half if none are named."""
+        layers = sorted({view.num_layers // 4, view.num_layers // 2}) if layers is None else layers
         head = cls(hidden_size=view.hidden_size, layers=layers, **options)
         norm = getattr(view.twin.base_model, "norm", None)
         if norm is not None:  # what it gives for ones is its scale, whether it keeps that as weight or as 1 + weight
