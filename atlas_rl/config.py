@@ -49,7 +49,7 @@ class AdaptConfig:
     """Of the drafts that it learns from."""
     max_tokens: int = 8192
     """Tokens of a rollout whose hidden states are kept, at most; completions are chosen at random."""
-    rollouts_kept: int = 3
+    rollouts_kept: int = 8
     """Rollouts, the newest, that an update learns from."""
     tolerance: float = 0.0
     """An update is undone if its drafter gets fewer tokens per step right on held-out completions, by more than this share."""

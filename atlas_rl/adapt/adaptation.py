@@ -19,6 +19,8 @@ DISTILL_STEPS = 800
 """Optimizer steps after which a new head guesses well enough to be used, and a frozen copy of it becomes the static drafter."""
 DISTILL_SHARE = 0.25
 """Of the time between two updates, while a new head is being made."""
+DRIFT = 0.05
+"""Relative fall of the live acceptance that makes retraining worth another look, whatever it brought before."""
 EXPECTED_SAVING = 0.15
 """Of decoding, that a new head is taken to bring: what it has to earn back is known only when it is there."""
 MIN_RETURN = 2.0
@@ -48,6 +50,8 @@ class Adaptation:
         self.num_updates = 0
         self.is_distilling = False
         self.has_failed = False
+        self.best_tokens = 0.0
+        """Per step, that the best drafter got right where it was asked."""
 
     def attach(self, engine: RolloutEngine) -> None:
         """Serve an engine that was built with these drafters."""
@@ -90,6 +94,8 @@ class Adaptation:
         now = time.perf_counter()
         interval, self.last_update = now - self.last_update, now
         self.num_updates += 1
+        if self._has_drifted(engine):
+            self.retrainer.budget.rearm()
         remaining = self.remaining() if self.remaining is not None else float(self.num_updates)
         if self.distill_steps_left:
             stats = self._distill(engine, interval, traffic.seconds, remaining)
@@ -107,6 +113,17 @@ class Adaptation:
                 engine.speculator.reinstate(self.drafters.adaptive.name)
             if not has_changed:  # or else all drafters take over the policy's new weights anyway
                 engine.speculator.weights_updated(self.drafters.adaptive.name)
+
+    def _has_drifted(self, engine: RolloutEngine) -> bool:
+        """Whether the neural drafters' live acceptance has fallen since it was looked at last."""
+        acceptance = engine.controller.acceptance
+        names = {d.name for d in self.drafters.all if d.layers is not None} & acceptance.keys()
+        tokens = max(1 + float(acceptance[name].survival_K[:4].sum()) for name in names)
+        best, self.best_tokens = self.best_tokens, max(tokens, self.best_tokens)
+        if tokens > (1 - DRIFT) * best:
+            return False
+        self.best_tokens = tokens
+        return True
 
     def forget_unsaved(self) -> None:
         """Drop what a checkpoint does not hold: captured rollouts, and the counts of the suffix drafter."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from atlas_rl.adapt.replay import Replay
+from atlas_rl.adapt.replay import Replay, group_numbers
 from atlas_rl.drafters.base import DraftRow
 from atlas_rl.engine.batch import ForwardBatch
 
@@ -132,4 +132,5 @@ class Capture:
                 lens_R=torch.from_numpy(counts + 1),
                 prompt_lens_R=torch.ones(len(rows), dtype=torch.int64),
                 seeds_R=torch.tensor([row.noise_seed or 0 for row in rows]),
+                groups_R=group_numbers([row.prompt_ids for row in rows]),
             )

@@ -36,6 +36,8 @@ class Replay:
     """Tokens of each rollout (this and what follows: int64, on the host)."""
     prompt_lens_R: torch.Tensor
     seeds_R: torch.Tensor
+    groups_R: torch.Tensor
+    """Rollouts of the same prompt have the same number."""
 
     def __len__(self) -> int:
         return len(self.lens_R)
@@ -120,6 +122,12 @@ class Replay:
         )
 
 
+def group_numbers(prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """[R] int64: equal prompts by content have equal numbers, in order of first appearance."""
+    numbers: dict[tuple[int, ...], int] = {}
+    return torch.tensor([numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts])
+
+
 def replay(view: PolicyView, layers: Sequence[int], rollouts: Sequence[Rollout], seeds: Sequence[int]) -> Replay:
     """Features of rollouts, in their order; `seeds` are those of their requests."""
     rows = [rollout.prompt_ids + rollout.token_ids for rollout in rollouts]
@@ -137,6 +145,7 @@ def replay(view: PolicyView, layers: Sequence[int], rollouts: Sequence[Rollout],
             lens_R=torch.tensor(list(map(len, rows))),
             prompt_lens_R=torch.tensor([len(rollout.prompt_ids) for rollout in rollouts]),
             seeds_R=torch.tensor(list(seeds)),
+            groups_R=group_numbers([rollout.prompt_ids for rollout in rollouts]),
         )
 
 

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 STARTS_PER_WINDOW = 8
 WINDOWS_PER_STEP = 24
 HELD_OUT_EVERY = 8
-"""One completion in so many is held out."""
+"""One prompt in so many is held out."""
 HELD_OUT_WINDOWS = 12
 HELD_OUT_STARTS = 16
 JUDGED_LOOKAHEAD = 4
@@ -186,12 +186,19 @@ class Retrainer:
         return self._is_sound()
 
     def _split(self, replay: Replay) -> tuple[Replay, Replay]:
-        """Completions to learn from, and those held out from this update."""
-        order = torch.randperm(len(replay), generator=self.generator)
-        num_held_out = len(replay) // HELD_OUT_EVERY
-        if not num_held_out:
+        """Completions to learn from, and those held out from this update: all of some prompts, as the next rollouts will be of
+        other prompts too; or some of the only prompt's."""
+        groups = replay.groups_R.unique()
+        if len(groups) > 1:
+            chosen = torch.randperm(len(groups), generator=self.generator)[: max(1, len(groups) // HELD_OUT_EVERY)]
+            is_held_out = torch.isin(replay.groups_R, groups[chosen])
+        else:
+            is_held_out = torch.zeros(len(replay), dtype=torch.bool)
+            order = torch.randperm(len(replay), generator=self.generator)
+            is_held_out[order[: len(replay) // HELD_OUT_EVERY]] = True
+        if not is_held_out.any():
             return replay, replay
-        return replay.rows(order[num_held_out:]), replay.rows(order[:num_held_out])
+        return replay.rows((~is_held_out).nonzero()[:, 0]), replay.rows(is_held_out.nonzero()[:, 0])
 
     def _measure(self, held_out: Replay, ends: PolicyEnds) -> Acceptance:
         windows = held_out.tiles(HELD_OUT_STARTS + JUDGED_LOOKAHEAD, JUDGED_LOOKAHEAD).rows(slice(HELD_OUT_WINDOWS))

@@ -9,6 +9,7 @@ HORIZON = 8.0
 DECAY = 0.6
 """Per update, of what earlier ones have measured."""
 LONGEST_PAUSE = 16
+FIRST_STEPS = 2.0
 
 
 class RetrainBudget:
@@ -21,7 +22,7 @@ class RetrainBudget:
     def __init__(self, max_share: float, deterministic_steps: int | None = None) -> None:
         self.max_share = max_share
         self.deterministic_steps = deterministic_steps
-        self.steps = 4.0
+        self.steps = FIRST_STEPS
         """Of the next update; below one, updates are skipped: a half is every second one."""
         self.owed = 1.0
         """Share of an optimizer step that waits to be done; at one it is."""
@@ -76,8 +77,13 @@ class RetrainBudget:
         if self.return_on_cost > 1.5:
             self.steps *= 2
         elif self.return_on_cost < 1.0:
-            self.steps /= 2
+            self.steps /= 2 if self.return_on_cost > 0.25 else 4
         self.steps = min(max(self.steps, 1 / LONGEST_PAUSE), 4096.0)
+
+    def rearm(self) -> None:
+        """Drafts have become worse: what earlier updates have brought tells nothing about the next one."""
+        if self.steps < FIRST_STEPS:
+            self.steps, self.owed, self.return_on_cost = FIRST_STEPS, 1.0, None
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))

@@ -32,6 +32,7 @@ def made_replay(lens: list[int], prompt_lens: list[int]) -> Replay:
         lens_R=torch.tensor(lens),
         prompt_lens_R=torch.tensor(prompt_lens),
         seeds_R=torch.arange(len(lens)) + 50,
+        groups_R=torch.arange(len(lens)),
     )
 
 
