@@ -8,7 +8,7 @@ seconds, its own included. The runner-up is tried again now and then; an arm has
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,6 +113,8 @@ class Controller:
         if self.deterministic:
             return max(arms, key=lambda arm: self.predicted_rate(arm, num_rows, num_cached))
         contest = self._contest(num_rows)
+        if contest.trial is not None and self.benched.intersection(contest.trial):
+            contest.trial = None
         if contest.trial is None:
             contest.trial = self._next_trial(contest, arms, num_rows, num_cached)
             contest.trial_steps = MIN_STEPS
@@ -187,12 +189,12 @@ class Controller:
     def _contest(self, num_rows: int) -> Contest:
         return self.contests.setdefault(size_of(num_rows), Contest(best=self.arms[0]))
 
-    def _next_trial(self, contest: Contest, arms: Iterable[Arm], num_rows: int, num_cached: int) -> Arm | None:
+    def _next_trial(self, contest: Contest, arms: Sequence[Arm], num_rows: int, num_cached: int) -> Arm | None:
         """An arm to try now: one that has to be known, or one whose turn it is."""
         best = contest.tallies.get(contest.best)
         if best is None or not best.is_believed or self.benched.intersection(contest.best):
             if self.benched.intersection(contest.best):
-                contest.best = self.arms[0]
+                contest.best = arms[0]
             return contest.best
         candidate, highest = None, 0.0
         for arm in arms:
