@@ -51,6 +51,8 @@ class Adaptation:
     def attach(self, engine: RolloutEngine) -> None:
         """Serve an engine that was built with these drafters."""
         engine.between_rollouts = self.refreshed
+        if self.retrainer is not None:
+            engine.speculator.listener = self.retrainer.capture
         if self.distill_steps_left:
             engine.controller.benched.update(d.name for d in self.drafters.of_new_head)
 
@@ -67,7 +69,11 @@ class Adaptation:
             self._update(engine, has_changed)
         except Exception as error:  # a drafter is never worth a rollout
             reason = f"its retraining raised {type(error).__name__}: {error}"
-            engine.speculator.bench(self.drafters.adaptive, reason)
+            if self.distill_steps_left:
+                logger.warning("no draft head is made: %s", reason)
+                self.retrainer = engine.speculator.listener = None
+            else:
+                engine.speculator.bench(self.drafters.adaptive, reason)
         finally:
             traffic.clear()
 
@@ -77,18 +83,22 @@ class Adaptation:
         interval, self.last_update = now - self.last_update, now
         self.num_updates += 1
         remaining = self.remaining() if self.remaining is not None else float(self.num_updates)
+        is_damaged = (
+            not self.retrainer.is_sound
+        )  # it puts the last good weights back, if there is something to learn or not
         if self.distill_steps_left:
             stats = self._distill(engine, interval, traffic.seconds, remaining)
         else:
             stats = self.retrainer.update(
                 engine.view, interval_seconds=interval, rollout_seconds=traffic.seconds, remaining=remaining
             )
-        if stats is not None:
-            engine.stats.retrain = stats
-            if stats.kept and not self.distill_steps_left:
-                engine.speculator.reinstate(self.drafters.adaptive.name)
-            if not has_changed:  # or else all drafters take over the policy's new weights anyway
-                engine.speculator.weights_updated(self.drafters.adaptive.name)
+        engine.stats.retrain = stats
+        if stats is None and not is_damaged:
+            return
+        if (is_damaged or stats.kept) and not self.distill_steps_left:
+            engine.speculator.reinstate(self.drafters.adaptive.name)
+        if not has_changed:  # or else all drafters take over the policy's new weights anyway
+            engine.speculator.weights_updated(self.drafters.adaptive.name)
 
     def forget_unsaved(self) -> None:
         """Drop what a checkpoint does not hold: captured rollouts, and the counts of the suffix drafter."""

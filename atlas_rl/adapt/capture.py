@@ -16,6 +16,7 @@ import torch
 from atlas_rl.adapt.replay import Replay
 from atlas_rl.drafters.base import DraftRow
 from atlas_rl.engine.batch import ForwardBatch
+from atlas_rl.types import SamplingParams
 
 FLUSH_STEPS = 32
 """Steps whose tensors are kept whole."""
@@ -34,6 +35,8 @@ class Capture:
         self.rng = np.random.default_rng(seed)
         self.share = 1.0
         """Of rows that are kept: what the last rollout would have needed to stay within the bound."""
+        self.sampling = SamplingParams()
+        """Of the last rollout."""
         self.begin()
 
     def begin(self) -> None:
@@ -44,17 +47,23 @@ class Capture:
         """Features, and their rows and positions within the completion (-1: the prompt's last token)."""
         self.num_kept = self.num_seen = 0
 
+    def wake(self, sampling: SamplingParams) -> None:
+        """A rollout begins."""
+        self.sampling = sampling
+
     def verified(self, rows: Sequence[DraftRow], batch: ForwardBatch, num_right: np.ndarray) -> None:
         """A decode step (`Drafter.verified`)."""
-        if self.num_kept >= self.max_tokens:
-            return
         counts = num_right + 1
         self.num_seen += int(counts.sum())
+        if self.num_kept >= self.max_tokens:
+            return
         wanted = np.array([self._is_chosen(row.row_id) for row in rows])
         counts = np.where(wanted, counts, 0)
         if not counts.any():
             return
         first = np.cumsum(batch.query_lens) - batch.query_lens
+        # the last step within the bound is cut; no later one is kept, so that rows have no gap
+        counts = np.diff(np.minimum(np.cumsum(counts), self.max_tokens - self.num_kept), prepend=0)
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         places = np.repeat(first, counts) + within
         row_ids = np.repeat(np.array([row.row_id for row in rows], np.int64), counts)

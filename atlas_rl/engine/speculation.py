@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence as Rows
-from typing import Any
+from contextlib import suppress
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,6 +25,16 @@ logger = logging.getLogger(__name__)
 
 MAX_DRAFT_LEN = 16
 """Longest draft asked for when the lookahead is automatic."""
+
+
+class Listener(Protocol):
+    """Told of every decode step and of rows that leave, whoever drafts: what collects material for retraining."""
+
+    def wake(self, sampling: SamplingParams) -> None: ...
+
+    def verified(self, rows: Rows[Sequence], batch: ForwardBatch, num_right: np.ndarray) -> None: ...
+
+    def release(self, rows: Rows[Sequence], finished: bool) -> None: ...
 
 
 class Speculator:
@@ -47,8 +58,9 @@ class Speculator:
         """Accepted tokens that the current step's drafts promise, by drafter of the arm."""
         self.behind: set[str] = set()
         """Drafters that have not been told of all that rows have emitted, because they are not asked."""
+        self.listener: Listener | None = None
         for drafter in drafters:
-            drafter.bind(view)
+            self._bind(drafter, view)
         view.tap({layer for drafter in drafters for layer in drafter.layers or ()})
 
     @property
@@ -66,6 +78,7 @@ class Speculator:
         self.behind.clear()
         for drafter in self.active:
             self._call(drafter, "wake", sampling, num_blocks, block_size)
+        self._tell("wake", sampling)
 
     def describe(self, stats: RolloutStats) -> None:
         """Add what drafters have to say of themselves."""
@@ -111,6 +124,7 @@ class Speculator:
         if sequences:
             for drafter in self.active:
                 self._call(drafter, "release", sequences, finished)
+            self._tell("release", sequences, finished)
 
     def policy_updated(self) -> None:
         self.controller.policy_updated()
@@ -175,6 +189,7 @@ class Speculator:
         start = time.perf_counter()
         for drafter in self.readers:
             self._call(drafter, "verified", sequences, batch, num_right)
+        self._tell("verified", sequences, batch, num_right)
         drafted, accepted = batch.query_lens - 1, np.array(num_accepted)
         if drafted.any():
             self._count(drafted, accepted, stats)
@@ -256,6 +271,23 @@ class Speculator:
             counts.proposed += total
             counts.accepted += int(num_accepted.sum())
 
+    def _bind(self, drafter: Drafter, view: PolicyView) -> None:
+        try:
+            drafter.bind(view)
+        except ValueError:  # made for another policy: the user's to know
+            raise
+        except Exception as error:
+            self.bench(drafter, f"bind raised {type(error).__name__}: {error}")
+
+    def _tell(self, method: str, *args: Any) -> None:
+        if self.listener is None:
+            return
+        try:
+            getattr(self.listener, method)(*args)
+        except Exception as error:
+            logger.warning("rollouts teach no drafter any more: %s raised %s: %s", method, type(error).__name__, error)
+            self.listener = None
+
     def _call(self, drafter: Drafter, method: str, *args: Any) -> Any:
         if drafter.name in self.controller.benched:
             return None
@@ -285,3 +317,5 @@ class Speculator:
             return
         logger.warning("drafter %s is benched, decoding goes on without it: %s", drafter.name, reason)
         self.controller.benched.add(drafter.name)
+        with suppress(Exception):  # it is called no more: what memory it holds would be held for good
+            drafter.sleep()
