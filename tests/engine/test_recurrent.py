@@ -17,6 +17,7 @@ from atlas_rl.drafters.recurrent_head import RecurrentHead
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.types import SamplingParams
 
+VIEW_LOGITS = PolicyView.logits
 SCHEDULES = {
     "plain": {},
     "small blocks, prompts in chunks": {"block_size": 4, "max_prefill_tokens": 7},
@@ -106,17 +107,16 @@ def test_native_guesses_are_torchs(monkeypatch, num_rows, hidden_size, intermedi
         drafter.calibration.right_KM[:] = rng.uniform(0.3, 1.0, drafter.calibration.right_KM.shape) * 4
         drafter.sampling = SamplingParams(temperature=temperature)
         outside = np.setdiff1d(np.arange(VOCAB_SIZE), vocabulary)
-        view_logits = PolicyView.logits
 
         def logits(self, hidden, outside=outside):
-            return view_logits(self, hidden).index_fill(1, torch.from_numpy(outside), -torch.inf)
+            return VIEW_LOGITS(self, hidden).index_fill(1, torch.from_numpy(outside), -torch.inf)
 
         monkeypatch.setattr(PolicyView, "logits", logits)
         rows, sources, places = rows_and_features(num_rows, view, len(layers) + 1, seed=num_rows)
         max_lens = rng.integers(0, 7, num_rows)
         max_lens[0] = 6
         native, plain = both(drafter, rows, sources, places, max_lens, min_prob)
-        monkeypatch.setattr(PolicyView, "logits", view_logits)
+        monkeypatch.setattr(PolicyView, "logits", VIEW_LOGITS)
         lens = [(found[2] > 0).sum(1) for found in (native, plain)]
         assert (lens[0] <= max_lens).all()
         assert all((np.where(found[2] > 0, found[2], 1) >= min_prob).all() for found in (native, plain))
