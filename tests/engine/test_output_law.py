@@ -29,7 +29,7 @@ def check(model, requests, sampling, dtype) -> int:
         if "preemption" in report.variant:
             assert report.preemptions > 0
         if "switching" in report.variant:
-            assert report.arms > 15, "six drafters, each pair of them, and none"
+            assert report.arms > 4, "another one at each step"
         if "draft_model, lookahead" in report.variant:
             assert report.tokens_per_decode_step > 3, "it equals the policy"
         num_tokens += report.num_tokens
