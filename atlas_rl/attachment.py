@@ -113,19 +113,28 @@ class Attachment:
         if self.engine is None or key != self.engine_key:
             start = time.perf_counter()
             view = PolicyView(self.model, autocast_dtype=dtype, pack_linears=self.config.engine.pack_linears)
-            if self.adaptation is None:
-                drafters = build_drafters(self.config, view)
-                remaining = None if self.state is None else self._remaining_updates
-                self.adaptation = Adaptation(self.config, drafters, remaining=remaining, seed=self._base_seed())
-            self.engine, self.engine_key = RolloutEngine(view, self.config, self.adaptation.drafters.all), key
-            self.adaptation.attach(self.engine)
-            if self.resume_from is not None:
-                load_state(self.resume_from, self.adaptation, self.engine)
-                self.resume_from = None
+            with torch.inference_mode(False):  # the caller may be under it, and heads are to be trained
+                if self.adaptation is None:
+                    self.adaptation = self._build_adaptation(view)
+                self.engine, self.engine_key = RolloutEngine(view, self.config, self.adaptation.drafters.all), key
+                self.adaptation.attach(self.engine)
             if self.state is not None and not self.config.deterministic:  # a run has many rollouts to gain it back
                 calibrate(self.engine)
             self.engine.unbilled_seconds = time.perf_counter() - start
+        if self.resume_from is not None:
+            with torch.inference_mode(False):
+                load_state(self.resume_from, self.adaptation, self.engine)
+            self.resume_from = None
         return self.engine
+
+    def _build_adaptation(self, view: PolicyView) -> Adaptation:
+        seed = self._base_seed()
+        with torch.random.fork_rng(devices=[]):  # a new head's weights are no business of the trainer's generator
+            torch.default_generator.manual_seed(seed)
+            drafters = build_drafters(self.config, view)
+        return Adaptation(
+            self.config, drafters, remaining=None if self.state is None else self._remaining_updates, seed=seed
+        )
 
     def free(self) -> None:
         """Drop the twin and its weight copies; what the drafter knows stays."""
@@ -173,7 +182,7 @@ class Attachment:
         """Training begins; the trainer has switched the recomputation of activations on."""
         self.checkpointing = CheckpointingFlags(self.model)
         self.open_log()
-        if self.args is not None and self.state is not None and self.state.global_step and self.adaptation is None:
+        if self.args is not None and self.state is not None and self.state.global_step:
             self.resume_from = last_checkpoint(self.args, self.state.global_step)
         # every rank passes here: none may write a row before rank 0 has put an earlier run's log aside
         PartialState().wait_for_everyone()

@@ -152,6 +152,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values or {}
 
 
+def _as_float(value: Any) -> Any:
+    """Also of `1e-4`, which YAML takes for a text; what is no number is left for dacite to name."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     """Dataclass from plain values, recursively. dacite checks types; this adds field names to its messages."""
     import dacite
@@ -165,7 +173,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     hints = get_type_hints(cls)
     built = {k: _build(hints[k], v, f"{prefix}{k}.") if is_dataclass(hints[k]) else v for k, v in values.items()}
     try:
-        return dacite.from_dict(cls, built, config=dacite.Config(cast=[tuple], type_hooks={float: float}))
+        return dacite.from_dict(cls, built, config=dacite.Config(cast=[tuple], type_hooks={float: _as_float}))
     except dacite.WrongTypeError as error:
         expected = str(error.field_type).replace("<class '", "").replace("'>", "")
         raise ValueError(f"{prefix}{error.field_path} must be {expected}, got {error.value!r}") from None

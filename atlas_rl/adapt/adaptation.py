@@ -80,11 +80,15 @@ class Adaptation:
         try:
             self._update(engine, has_changed)
         except Exception as error:  # a drafter is never worth a rollout
-            self.retrainer.restore()
-            if not self.has_failed:
-                name, what = self.drafters.adaptive.name, f"{type(error).__name__}: {error}"
-                logger.warning("retraining of drafter %s failed, it goes on as it was before: %s", name, what)
-            self.has_failed = True
+            if self.distill_steps_left:
+                logger.warning("no draft head is made: its training raised %s: %s", type(error).__name__, error)
+                self.retrainer = None
+            else:
+                self.retrainer.restore()
+                if not self.has_failed:
+                    name, what = self.drafters.adaptive.name, f"{type(error).__name__}: {error}"
+                    logger.warning("retraining of drafter %s failed, it goes on as it was before: %s", name, what)
+                self.has_failed = True
         finally:
             traffic.clear()
             self._listen(engine)
@@ -97,22 +101,25 @@ class Adaptation:
         if self._has_drifted(engine):
             self.retrainer.budget.rearm()
         remaining = self.remaining() if self.remaining is not None else float(self.num_updates)
+        is_damaged = (
+            not self.retrainer.is_sound
+        )  # it puts the last good weights back, if there is something to learn or not
         if self.distill_steps_left:
             stats = self._distill(engine, interval, traffic.seconds, remaining)
         else:
             stats = self.retrainer.update(
                 engine.view,
-                engine.sampling,
                 interval_seconds=interval,
                 rollout_seconds=traffic.seconds,
                 remaining=remaining,
             )
-        if stats is not None:
-            engine.stats.retrain = stats
-            if stats.kept and stats.steps and not self.distill_steps_left:
-                engine.speculator.reinstate(self.drafters.adaptive.name)
-            if not has_changed:  # or else all drafters take over the policy's new weights anyway
-                engine.speculator.weights_updated(self.drafters.adaptive.name)
+        engine.stats.retrain = stats
+        if stats is None and not is_damaged:
+            return
+        if (is_damaged or (stats.kept and stats.steps)) and not self.distill_steps_left:
+            engine.speculator.reinstate(self.drafters.adaptive.name)
+        if not has_changed:  # or else all drafters take over the policy's new weights anyway
+            engine.speculator.weights_updated(self.drafters.adaptive.name)
 
     def _has_drifted(self, engine: RolloutEngine) -> bool:
         """Whether the neural drafters' live acceptance has fallen since it was looked at last."""
@@ -151,7 +158,7 @@ class Adaptation:
         steps = retrainer.budget.deterministic_steps or 1
         if self.is_distilling and not deterministic:
             steps = max(1, int(DISTILL_SHARE * interval / retrainer.budget.step_seconds))
-        stats = retrainer.train(engine.view, engine.sampling, min(steps, self.distill_steps_left))
+        stats = retrainer.train(engine.view, min(steps, self.distill_steps_left))
         if stats is None:
             return None
         self.distill_steps_left -= stats.steps

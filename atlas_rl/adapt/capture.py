@@ -16,6 +16,7 @@ import torch
 from atlas_rl.adapt.replay import Replay, group_numbers
 from atlas_rl.drafters.base import DraftRow
 from atlas_rl.engine.batch import ForwardBatch
+from atlas_rl.types import SamplingParams
 
 FLUSH_STEPS = 32
 """Steps whose tensors are kept whole."""
@@ -34,6 +35,8 @@ class Capture:
         self.rng = np.random.default_rng(seed)
         self.share = 1.0
         """Of rows that are kept: what the last rollout would have needed to stay within the bound."""
+        self.sampling = SamplingParams()
+        """Of the last rollout."""
         self.begin()
 
     def begin(self) -> None:
@@ -44,11 +47,15 @@ class Capture:
         """Features, and their rows and positions within the completion (-1: the prompt's last token)."""
         self.num_kept = self.num_seen = 0
 
+    def wake(self, sampling: SamplingParams) -> None:
+        """A rollout begins."""
+        self.sampling = sampling
+
     def verified(self, rows: Sequence[DraftRow], batch: ForwardBatch, num_right: np.ndarray) -> None:
         """A decode step (`Drafter.verified`)."""
         if self.num_kept >= self.max_tokens:
             return
-        self.pending.append((rows, batch, num_right))
+        self.pending.append((list(rows), batch, num_right))  # the engine's own list changes as rows come and go
         if len(self.pending) >= FLUSH_STEPS:
             self._flush()
 

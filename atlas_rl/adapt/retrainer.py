@@ -27,7 +27,6 @@ from atlas_rl.control.budget import RetrainBudget
 from atlas_rl.drafters.recurrent import RecurrentDrafter
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.telemetry.stats import RetrainStats
-from atlas_rl.types import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +75,6 @@ class Retrainer:
     def update(
         self,
         view: PolicyView,
-        sampling: SamplingParams,
         *,
         interval_seconds: float,
         rollout_seconds: float,
@@ -88,42 +86,47 @@ class Retrainer:
             interval_seconds: since the last update. rollout_seconds: spent decoding since then. remaining: updates to come.
         """
         num_steps = self.budget.choose(interval_seconds, remaining)
-        is_sound = self._is_sound()
-        if is_sound and (num_steps < 1 or self.when == "never"):
-            if (replay := self.capture.take()) is not None:
+        if num_steps < 1 and self.is_sound:
+            if (replay := self._take()) is not None:
                 self.kept.append(replay)
             return None
-        stats = self.train(view, sampling, max(1, num_steps))
+        stats = self.train(view, max(1, num_steps), only_if_drifted=self.when == "on_drift")
         if stats is not None and stats.steps:
             gain = stats.acceptance_after / stats.acceptance_before - 1 if stats.kept else 0.0
             costs = self.step_seconds / stats.steps, stats.seconds - self.step_seconds
             self.budget.record(stats.steps, *costs, gain, rollout_seconds, remaining)
         return stats
 
-    def train(self, view: PolicyView, sampling: SamplingParams, num_steps: int) -> RetrainStats | None:
+    def train(self, view: PolicyView, num_steps: int, *, only_if_drifted: bool = False) -> RetrainStats | None:
         """So many optimizer steps on the last rollouts, validated; None if there is nothing to learn from."""
         start = time.perf_counter()
-        self.sampling = sampling
-        # a drafter that was benched has seen nothing of the last rollouts
-        replay = self.capture.take() or (self.kept.pop() if self.kept else None)
+        was_sound = self.is_sound
+        if not was_sound:
+            self.restore()
+        # a drafter that was damaged learns again, from older rollouts if there are no others
+        replay = self._take() or (self.kept.pop() if self.kept and not was_sound else None)
         if replay is None or int(replay.num_starts_R.sum()) < STARTS_PER_WINDOW:
             return None
-        is_sound = self._is_sound()
-        if not is_sound:
-            self.restore()
-        with torch.inference_mode(False), torch.enable_grad():  # the engine's caller may be under either
-            stats = self._update(view, replay, num_steps, start, is_sound)
+        # the engine's caller may be under any of these
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(view.device.type, enabled=False):
+            try:
+                stats = self._update(view, replay, num_steps, start, only_if_drifted and was_sound)
+            except Exception:
+                self.restore()
+                raise
         if stats.steps:
             self.budget.step_seconds = self.budget.step_seconds or self.step_seconds / stats.steps
         self.totals = RetrainStats.total([self.totals, stats])
         return stats
 
-    def _update(self, view: PolicyView, replay: Replay, num_steps: int, start: float, is_sound: bool) -> RetrainStats:
+    def _update(
+        self, view: PolicyView, replay: Replay, num_steps: int, start: float, only_if_drifted: bool
+    ) -> RetrainStats:
         ends = PolicyEnds.of(view.model)
         newest, held_out = self._split(replay)
         before = self._tokens(self._measure(held_out, ends))
         stats = RetrainStats(updates=1, acceptance_before=before, acceptance_after=before, kept=1)
-        if self.when == "on_drift" and is_sound and not self._has_drifted(before):
+        if only_if_drifted and not self._has_drifted(before):
             self.kept.append(newest)
             stats.seconds = time.perf_counter() - start
             return stats
@@ -140,17 +143,11 @@ class Retrainer:
             if not is_finite:
                 logger.warning("retraining of drafter %s diverged: it goes on as it was before", self.drafter.name)
                 optimizer_state = self._new_optimizer().state_dict()
-            self.drafter.head.load_state_dict(self.good_head)
-            self.optimizer.load_state_dict(optimizer_state)
+            self.restore(optimizer_state)
             stats.kept, stats.acceptance_after = 0, before
         self.kept.append(newest)
         stats.seconds = time.perf_counter() - start
         return stats
-
-    def restore(self) -> None:
-        """Give the head the last weights that passed."""
-        self.drafter.head.load_state_dict(self.good_head)
-        self.optimizer = self._new_optimizer()
 
     # ---- parts of an update ----------------------------------------------------------------------------------------------
 
@@ -170,7 +167,9 @@ class Retrainer:
         try:
             with low_precision(newest.hidden_ND.device):
                 parts = [
-                    unrolled_loss(head, part, self.config.depth, ends, temperature=self.sampling.temperature or 1.0)[0]
+                    unrolled_loss(
+                        head, part, self.config.depth, ends, temperature=self.capture.sampling.temperature or 1.0
+                    )[0]
                     * (len(part) / WINDOWS_PER_STEP)
                     for part in windows
                 ]
@@ -183,7 +182,13 @@ class Retrainer:
             self.optimizer.step()
         finally:
             head.requires_grad_(False)
-        return self._is_sound()
+        return self.is_sound
+
+    def _take(self) -> Replay | None:
+        """The captured completions in which a draft can start: those of more than one token."""
+        replay = self.capture.take()
+        can_start = None if replay is None else replay.num_starts_R.nonzero()[:, 0]
+        return replay.rows(can_start) if can_start is not None and len(can_start) else None
 
     def _split(self, replay: Replay) -> tuple[Replay, Replay]:
         """Completions to learn from, and those held out from this update: all of some prompts, as the next rollouts will be of
@@ -202,7 +207,7 @@ class Retrainer:
 
     def _measure(self, held_out: Replay, ends: PolicyEnds) -> Acceptance:
         windows = held_out.tiles(HELD_OUT_STARTS + JUDGED_LOOKAHEAD, JUDGED_LOOKAHEAD).rows(slice(HELD_OUT_WINDOWS))
-        return measure(self.drafter.head, windows, ends, self.sampling, depth=JUDGED_LOOKAHEAD)
+        return measure(self.drafter.head, windows, ends, self.capture.sampling, depth=JUDGED_LOOKAHEAD)
 
     @staticmethod
     def _tokens(acceptance: Acceptance) -> float:
@@ -213,8 +218,15 @@ class Retrainer:
             self.drift_reference = tokens
         return tokens < self.drift_reference * (1 - DRIFT)
 
-    def _is_sound(self) -> bool:
+    @property
+    def is_sound(self) -> bool:
+        """Whether the head's weights are finite."""
         return all(p.isfinite().all() for p in self.drafter.head.parameters())
+
+    def restore(self, optimizer_state: dict[str, Any] | None = None) -> None:
+        """Give the head the last weights that passed, and the optimizer this state, or none."""
+        self.drafter.head.load_state_dict(self.good_head)
+        self.optimizer.load_state_dict(optimizer_state or self._new_optimizer().state_dict())
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         parameters = self.drafter.head.parameters()

@@ -1,4 +1,5 @@
-"""The output law at full size: the same completions with every drafter, batch order, batch size and memory.
+"""The output law at full size: the same completions with every drafter, drafters switched at every step, batch order, batch size
+and memory.
 
     python -m atlas_rl.bench.output_law                                    # a tiny random model in float64: no difference
     python -m atlas_rl.bench.output_law --model shipped                    # the shipped policy on its own prompts, likewise
@@ -11,8 +12,10 @@ for that reason, so only first differences are judged; their rate is printed.
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -24,6 +27,11 @@ from atlas_rl.bench.workload import load_policy, shipped_prompts
 from atlas_rl.bench.wrong_drafters import AdversarialDrafter, RandomDrafter
 from atlas_rl.config import AtlasConfig, EngineConfig
 from atlas_rl.drafters.base import Drafter
+from atlas_rl.drafters.draft_model import DraftModelDrafter
+from atlas_rl.drafters.eagle import EagleDrafter
+from atlas_rl.drafters.eagle_head import EagleHead, default_layers
+from atlas_rl.drafters.recurrent import RecurrentDrafter
+from atlas_rl.drafters.recurrent_head import RecurrentHead
 from atlas_rl.drafters.suffix import SuffixDrafter
 from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.policy_view import PolicyView
@@ -50,6 +58,8 @@ class LawReport:
     differences: list[Difference] = field(default_factory=list)
     tokens_per_decode_step: float = 1.0
     preemptions: int = 0
+    arms: int = 0
+    """Drafters, and combinations of them, that were asked."""
 
     def violations(self, dtype: torch.dtype) -> list[Difference]:
         """Differences that no float tie explains."""
@@ -62,13 +72,16 @@ def check_output_law(
     """Run every variant against plain decoding in one batch; a report per variant."""
     view = PolicyView(model)
     plain = RolloutEngine(view, AtlasConfig(speculate=False)).generate(requests, sampling)
-    for name, config, drafter, order in _variants(view, requests, plain):
-        engine = RolloutEngine(view, config, drafter)
+    for name, config, drafters, order in _variants(view, requests, plain):
+        engine = RolloutEngine(view, config, drafters)
+        if len(drafters) > 1:
+            engine.controller.choose = RandomArms(drafters)
         rollouts = engine.generate([requests[i] for i in order], sampling)
         by_request = dict(zip(order, rollouts, strict=True))
-        report = LawReport(name, preemptions=engine.stats.preemptions)
+        report = LawReport(name, preemptions=engine.stats.preemptions, arms=len(engine.stats.arms))
         report.tokens_per_decode_step = engine.stats.completion_tokens / engine.stats.row_steps
-        assert drafter is None or engine.speculator.active == [drafter], f"{name}: the drafter was benched"
+        assert not engine.controller.benched, f"{name}: benched were {engine.controller.benched}"
+        assert not drafters or engine.stats.drafters or config.lookahead is None, f"{name}: nothing was drafted"
         for index, request in enumerate(requests):
             expected, got = plain[index].token_ids, by_request[index].token_ids
             report.num_tokens += len(expected)
@@ -79,7 +92,7 @@ def check_output_law(
 
 def _variants(
     view: PolicyView, requests: list[RolloutRequest], plain: list[Rollout]
-) -> Iterator[tuple[str, AtlasConfig, Drafter | None, list[int]]]:
+) -> Iterator[tuple[str, AtlasConfig, list[Drafter], list[int]]]:
     answers = {(r.prompt_ids, r.seed): rollout.token_ids for r, rollout in zip(requests, plain, strict=True)}
     order = list(range(len(requests)))
     shuffled = random.Random(1).sample(order, len(order))
@@ -88,23 +101,51 @@ def _variants(
     def adversary() -> AdversarialDrafter:
         return AdversarialDrafter(vocab_size, answers)
 
-    yield "plain, other batch order", AtlasConfig(speculate=False), None, shuffled
-    yield "plain, batch of 7", replace(auto, speculate=False, engine=EngineConfig(max_num_seqs=7)), None, order
-    yield "suffix, automatic lookahead", auto, SuffixDrafter(), order
-    yield "suffix, lookahead 4", fixed, SuffixDrafter(), order
-    yield "random, lookahead 4", fixed, RandomDrafter(vocab_size), order
-    yield "adversarial, lookahead 4", fixed, adversary(), order
-    yield (
-        "adversarial, other order, batch of 7",
-        replace(fixed, engine=EngineConfig(max_num_seqs=7)),
-        adversary(),
-        shuffled,
-    )
+    batch_of_7 = EngineConfig(max_num_seqs=7)
+    yield "plain, other batch order", AtlasConfig(speculate=False), [], shuffled
+    yield "plain, batch of 7", replace(auto, speculate=False, engine=batch_of_7), [], order
+    yield "suffix, automatic lookahead", auto, [SuffixDrafter()], order
+    yield "suffix, lookahead 4", fixed, [SuffixDrafter()], order
+    yield "random, lookahead 4", fixed, [RandomDrafter(vocab_size)], order
+    yield "adversarial, lookahead 4", fixed, [adversary()], order
+    yield "adversarial, other order, batch of 7", replace(fixed, engine=batch_of_7), [adversary()], shuffled
     longest = max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
     shape = view.kv_shape(block_size=4)
     num_blocks = -(-longest // 4) * min(4, len(requests)) - 1  # too few for the batch: sequences are preempted
     tight = EngineConfig(block_size=4, kv_memory_gib=num_blocks * shape.block_bytes / 2**30)
-    yield "adversarial, forced preemption", replace(fixed, engine=tight), adversary(), order
+    yield "adversarial, forced preemption", replace(fixed, engine=tight), [adversary()], order
+    for drafter in neural_drafters(view):
+        yield f"{drafter.name}, lookahead 4", fixed, [drafter], order
+        yield f"{drafter.name}, automatic lookahead", auto, [drafter], order
+    for name, config, batch_order in (
+        ("switching, lookahead 4", fixed, order),
+        ("switching, automatic lookahead", auto, order),
+        ("switching, other order, batch of 7", replace(fixed, engine=batch_of_7), shuffled),
+        ("switching, forced preemption", replace(fixed, engine=tight), order),
+    ):
+        yield name, config, [SuffixDrafter(), adversary(), *neural_drafters(view)], batch_order
+
+
+def neural_drafters(view: PolicyView) -> list[Drafter]:
+    """One of each kind: heads of random weights, and a draft model that equals the policy."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        head = RecurrentHead.for_policy(view)
+        eagle = EagleHead.for_policy(view.model.config, default_layers(view.num_layers))
+    static = RecurrentDrafter(copy.deepcopy(head), name="static")
+    return [RecurrentDrafter(head), static, EagleDrafter(eagle), DraftModelDrafter(copy.deepcopy(view.model))]
+
+
+class RandomArms:
+    """In the place of a controller's `choose`: another drafter at each step, two of them, or none."""
+
+    def __init__(self, drafters: Sequence[Drafter]) -> None:
+        names = [drafter.name for drafter in drafters]
+        self.arms = [(), *((name,) for name in names), *itertools.combinations(names, 2)]
+        self.rng = random.Random(0)
+
+    def __call__(self, num_rows: int, num_cached: int = 0) -> tuple[str, ...]:
+        return self.rng.choice(self.arms)
 
 
 def first_difference(

@@ -48,4 +48,4 @@ class Acceptance:
         return {"right": self.right_K.tolist(), "total": self.total_K.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.right_K, self.total_K = np.array(state["right"]), np.array(state["total"])
+        self.right_K, self.total_K = (np.reshape(state[name], MAX_DEPTH).astype(float) for name in ("right", "total"))

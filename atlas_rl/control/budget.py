@@ -89,8 +89,8 @@ class RetrainBudget:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        settings = {"max_share", "deterministic_steps"}
-        vars(self).update({name: value for name, value in state.items() if name not in settings})
+        names = vars(self).keys() - {"max_share", "deterministic_steps"}
+        vars(self).update({name: state[name] for name in names})
 
 
 def _blend(old: float | None, new: float) -> float:

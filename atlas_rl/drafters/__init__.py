@@ -80,8 +80,11 @@ def build_drafters(config: AtlasConfig, view: PolicyView) -> Drafters:
     static = load_drafter(path) if path is not None else None
     adapts = "recurrent" in names and (config.retrain != "never" or config.drafters != "auto")
     if config.retrain == "never" and static is None:
-        if "static" in names and config.drafters != "auto":
-            raise ValueError("drafters names static, but static_drafter is not given: name its folder")
+        if config.drafters != "auto":
+            named = " and ".join(name for name in ("recurrent", "static") if name in names)
+            raise ValueError(
+                f"drafters names {named}, but static_drafter is not given, and with retrain: never none is made: name its folder"
+            )
         return Drafters(all=tuple(drafters))
     new: tuple[RecurrentDrafter, ...] = ()
     adaptive = None
@@ -110,7 +113,9 @@ def static_path(config: AtlasConfig, view: PolicyView) -> str | None:
     """Where the static drafter is: where the config says, or beside the policy."""
     if config.static_drafter is not None:
         return config.static_drafter
-    beside = Path(view.model.name_or_path or ".") / BESIDE_POLICY
+    if not view.model.name_or_path:
+        return None
+    beside = Path(view.model.name_or_path) / BESIDE_POLICY
     return str(beside) if (beside / "config.json").exists() else None
 
 

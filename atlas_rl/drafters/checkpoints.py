@@ -44,7 +44,7 @@ def save_head(
         (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt"})
         scratch.chmod(0o755)  # mkdtemp's is private
-        _replace_folder(scratch, folder)
+        replace_folder(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -135,7 +135,7 @@ def _load_strictly(head: DraftHead, tensors: dict[str, torch.Tensor], where: Pat
     head.load_state_dict(tensors)
 
 
-def _replace_folder(source: Path, target: Path) -> None:
+def replace_folder(source: Path, target: Path) -> None:
     """Rename, an older folder of that name out of the way first (a folder that is not empty cannot be renamed over)."""
     if not target.exists():
         os.rename(source, target)

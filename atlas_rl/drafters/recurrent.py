@@ -76,13 +76,13 @@ class RecurrentDrafter(Drafter):
 
     def forget(self) -> None:
         """Of a rollout: which rows there are, and where their features lie."""
-        self.rows: Sequence[DraftRow] = ()
+        self.rows: list[DraftRow] = []
         self.sources: list[torch.Tensor] = []
         """Features [N, D], of which row i reads place places[i]; -1: it has none yet."""
         self.places = np.zeros(0, np.int64)
-        self.latest: tuple[Sequence[DraftRow], ForwardBatch, np.ndarray] | None = None
+        self.latest: tuple[list[DraftRow], ForwardBatch, np.ndarray] | None = None
         """What `verified` was told last; looked at when it is needed."""
-        self.proposed: tuple[Sequence[DraftRow], np.ndarray] | None = None
+        self.proposed: tuple[list[DraftRow], np.ndarray] | None = None
         """Rows and cells [R, K] of the last proposal."""
 
     # ---- life ------------------------------------------------------------------------------------------------------------
@@ -128,24 +128,25 @@ class RecurrentDrafter(Drafter):
 
     def started(self, rows: Sequence[DraftRow], batch: ForwardBatch | None, places: np.ndarray) -> None:
         self._look()
-        known = self.places  # of the rows that decode already, whose features move to the front
-        parts = [] if not len(known) else [[source[torch.from_numpy(known)] for source in self.sources]]
-        if batch is not None:
-            at = torch.from_numpy(np.maximum(places, 0))
-            parts.append([source[at] for source in self._sources_of(batch)])
-        fresh = np.where(places < 0, -1, np.arange(len(places)) + len(known)) if batch is not None else places
+        # features of the rows that decode already move to the front
+        parts = [(self.sources, self.places)] if (self.places >= 0).any() else []
+        if (places >= 0).any():
+            parts.append((self._sources_of(batch), places))
         if parts:
-            self.sources = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
-        self.places = np.concatenate([np.arange(len(known)), fresh])
+            at = [torch.from_numpy(known[known >= 0]) for _, known in parts]
+            pieces = [[source[i] for source in sources] for (sources, _), i in zip(parts, at, strict=True)]
+            self.sources = [torch.cat(same) for same in zip(*pieces, strict=True)]
+        has_features = np.concatenate([self.places, places]) >= 0
+        self.places = np.where(has_features, has_features.cumsum() - 1, -1)
         self.rows = [*self.rows, *rows]
 
     def verified(self, rows: Sequence[DraftRow], batch: ForwardBatch, num_right: np.ndarray) -> None:
-        self.latest = (rows, batch, num_right)
+        self.latest = (list(rows), batch, num_right)  # the engine's own list changes as rows come and go
 
     def observe(self, rows: Sequence[DraftRow], num_drafted: Sequence[int], num_accepted: Sequence[int]) -> None:
-        if self.proposed is None or self.proposed[0] is not rows:
+        if self.proposed is None or self.proposed[0] != rows:
             return
-        drafted, accepted = np.array(num_drafted), np.array(num_accepted)
+        drafted, accepted = np.array(num_drafted, np.int64), np.array(num_accepted, np.int64)
         cells_RK, self.proposed = self.proposed[1], None
         if self.native is not None:
             self.native.judge(cells_RK, drafted, accepted, self.calibration)
@@ -172,7 +173,7 @@ class RecurrentDrafter(Drafter):
             )
         else:
             token_ids, cells, probs = self._propose(*arguments)
-        self.proposed = (rows, cells)
+        self.proposed = (list(rows), cells)
         return Drafts(token_ids, probs)
 
     def _propose(
@@ -184,7 +185,7 @@ class RecurrentDrafter(Drafter):
         max_lens: np.ndarray,
         min_prob: float,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The same as in C++, on any device."""
+        """The same as in C++, on any device; guesses are from the whole vocabulary."""
         width = int(max_lens.max())
         token_ids, cells = np.zeros((len(places), width), np.int64), np.zeros((len(places), width), np.int64)
         probs = np.zeros((len(places), width))
@@ -221,10 +222,10 @@ class RecurrentDrafter(Drafter):
     def _places_of(self, rows: Sequence[DraftRow]) -> np.ndarray:
         """[R] where rows' features are; rows that have left are forgotten."""
         self._look()
-        if rows is not self.rows:
+        if rows != self.rows:
             places = dict(zip((row.row_id for row in self.rows), self.places.tolist(), strict=True))
             self.places = np.array([places.get(row.row_id, -1) for row in rows], np.int64)
-            self.rows = rows
+            self.rows = list(rows)
         return self.places
 
 

@@ -62,7 +62,10 @@ def calibrate(engine: RolloutEngine, max_seconds: float = 0.5, rows: Sequence[in
                 return time.perf_counter() - start
         for drafter in engine.speculator.readers:
             if not drafter.uses_blocks:  # one with a cache of its own is measured as it is used
-                _propose(engine, drafter, fakes, batch)
+                try:
+                    _propose(engine, drafter, fakes, batch)
+                except Exception as error:  # a drafter is never worth a rollout
+                    engine.speculator.bench(drafter, f"{type(error).__name__} while its cost was measured: {error}")
     return time.perf_counter() - start
 
 

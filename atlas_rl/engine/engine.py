@@ -75,8 +75,6 @@ class RolloutEngine:
         self.between_rollouts: Callable[[RolloutEngine, bool], None] | None = None
         """Called before each rollout, with whether the weights have changed: what retrains drafters."""
         self.traffic = Traffic()
-        self.sampling = SamplingParams()
-        """Of the last rollout, or the one that begins."""
         self.num_rows = 0
         self.weights_changed = False
         """Set by whoever knows that the weights have changed; changes that show in them are found without it."""
@@ -111,7 +109,6 @@ class RolloutEngine:
         self.stats = RolloutStats(num_completions=len(requests))
         if not requests:
             return []
-        self.sampling = sampling
         start = time.perf_counter() - self.unbilled_seconds
         self.stats.seconds["refresh"] = self.unbilled_seconds
         self.unbilled_seconds = self.plain_decode_seconds = 0.0

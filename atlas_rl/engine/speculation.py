@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence as Rows
+from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from atlas_rl.control.controller import PLAIN, Arm, Controller
 from atlas_rl.control.lookahead import choose_draft_lens
 from atlas_rl.control.trust import Trust
-from atlas_rl.drafters.base import Drafter, DraftRow, Drafts
+from atlas_rl.drafters.base import Drafter, Drafts
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.engine.scheduler import PrefillChunk, Scheduler
@@ -33,9 +34,13 @@ COUNT_EVERY = 16
 
 
 class Listener(Protocol):
-    def verified(self, rows: Rows[DraftRow], batch: ForwardBatch, num_right: np.ndarray) -> None: ...
+    """Told of every decode step and of rows that leave, whoever drafts: what collects material for retraining."""
 
-    def release(self, rows: Rows[DraftRow], finished: bool) -> None: ...
+    def wake(self, sampling: SamplingParams) -> None: ...
+
+    def verified(self, rows: Rows[Sequence], batch: ForwardBatch, num_right: np.ndarray) -> None: ...
+
+    def release(self, rows: Rows[Sequence], finished: bool) -> None: ...
 
 
 class Speculator:
@@ -57,14 +62,13 @@ class Speculator:
         """[R] which of the arm's drafters each row's draft of the current step is from."""
         self.expected = np.zeros(0)
         """Accepted tokens that the current step's drafts promise, by drafter of the arm."""
-        self.listener: Listener | None = None
-        """Told of every decode step and of rows that leave: what collects material for retraining."""
         self.uncounted: list[tuple[Arm, np.ndarray, np.ndarray, np.ndarray]] = []
         """Arm, sources, drafted and accepted tokens by row of the latest steps."""
         self.behind: set[str] = set()
         """Drafters that have not been told of all that rows have emitted, because they are not asked."""
+        self.listener: Listener | None = None
         for drafter in drafters:
-            drafter.bind(view)
+            self._bind(drafter, view)
         view.tap({layer for drafter in drafters for layer in drafter.layers or ()})
 
     @property
@@ -82,6 +86,7 @@ class Speculator:
         self.behind.clear()
         for drafter in self.active:
             self._call(drafter, "wake", sampling, num_blocks, block_size)
+        self._tell("wake", sampling)
 
     def describe(self, stats: RolloutStats) -> None:
         """A rollout is over: count its last drafts, and add what drafters have to say of themselves."""
@@ -125,12 +130,10 @@ class Speculator:
             self._call(drafter, "started", sequences, batch, at)
 
     def release(self, sequences: list[Sequence], finished: bool) -> None:
-        if not sequences:
-            return
-        for drafter in self.active:
-            self._call(drafter, "release", sequences, finished)
-        if self.listener is not None:
-            self.listener.release(sequences, finished)
+        if sequences:
+            for drafter in self.active:
+                self._call(drafter, "release", sequences, finished)
+            self._tell("release", sequences, finished)
 
     def policy_updated(self) -> None:
         self.controller.policy_updated()
@@ -195,8 +198,7 @@ class Speculator:
         start = time.perf_counter()
         for drafter in self.readers:
             self._call(drafter, "verified", sequences, batch, num_right)
-        if self.listener is not None:
-            self.listener.verified(sequences, batch, num_right)
+        self._tell("verified", sequences, batch, num_right)
         drafted, accepted = batch.query_lens - 1, np.array(num_accepted)
         if self.arm and drafted.any():
             self._trust(drafted, accepted)
@@ -289,6 +291,23 @@ class Speculator:
                 counts.accepted += int(num_accepted.sum())
         self.uncounted.clear()
 
+    def _bind(self, drafter: Drafter, view: PolicyView) -> None:
+        try:
+            drafter.bind(view)
+        except ValueError:  # made for another policy: the user's to know
+            raise
+        except Exception as error:
+            self.bench(drafter, f"bind raised {type(error).__name__}: {error}")
+
+    def _tell(self, method: str, *args: Any) -> None:
+        if self.listener is None:
+            return
+        try:
+            getattr(self.listener, method)(*args)
+        except Exception as error:
+            logger.warning("rollouts teach no drafter any more: %s raised %s: %s", method, type(error).__name__, error)
+            self.listener = None
+
     def _call(self, drafter: Drafter, method: str, *args: Any) -> Any:
         if drafter.name in self.controller.benched:
             return None
@@ -318,3 +337,5 @@ class Speculator:
             return
         logger.warning("drafter %s is benched, decoding goes on without it: %s", drafter.name, reason)
         self.controller.benched.add(drafter.name)
+        with suppress(Exception):  # it is called no more: what memory it holds would be held for good
+            drafter.sleep()

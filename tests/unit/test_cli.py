@@ -243,3 +243,19 @@ def test_doctor_names_what_it_looked_at(capsys):
     text = capsys.readouterr().out
     assert all(name in text for name in ("torch", "transformers", "trl", "engine"))
     assert code == 0, text
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "all"])
+def test_a_static_drafter_that_is_not_there_is_named_before_anything_is_loaded(config, tmp_path, capsys, missing):
+    folder = tmp_path / "head"
+    if missing != "all":
+        folder.mkdir()
+        (folder / ({"config.json", "model.safetensors"} - {missing}).pop()).write_text("{}")
+    line = fails(capsys, "train", "--config", config, "--atlas.static_drafter", folder)
+    assert "atlas.static_drafter" in line and str(folder) in line
+    assert missing == "all" or f"holds no {missing}" in line
+
+
+@pytest.mark.parametrize("given", ["--atlas.retrain=sometimes", "--atlas.adapt.max_share=2", "--atlas.adapt.depth=0"])
+def test_bad_values_of_adaptation_are_named_before_anything_is_loaded(config, capsys, given):
+    assert given.removeprefix("--atlas.").split("=")[0] in fails(capsys, "train", "--config", config, given)

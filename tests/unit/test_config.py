@@ -7,18 +7,26 @@ import sys
 
 import pytest
 
-from atlas_rl.config import DRAFTER_NAMES, AtlasConfig, EngineConfig, read_yaml
+from atlas_rl.config import AdaptConfig, AtlasConfig, EngineConfig, read_yaml
 from atlas_rl.types import SamplingParams
 
 
 def test_defaults_need_no_argument():
-    assert AtlasConfig().drafter_names == DRAFTER_NAMES
+    assert AtlasConfig().drafter_names == ("suffix", "recurrent", "static")
     assert AtlasConfig(speculate=False).drafter_names == ()
     assert AtlasConfig(lookahead=0).drafter_names == ()
 
 
 def test_yaml_round_trip(tmp_path):
-    config = AtlasConfig(drafters=("suffix",), lookahead=3, engine=EngineConfig(block_size=8, kv_memory_gib=0.5))
+    config = AtlasConfig(
+        drafters=("suffix", "static"),
+        lookahead=3,
+        static_drafter="some/drafter",
+        retrain="on_drift",
+        deterministic=True,
+        engine=EngineConfig(block_size=8, kv_memory_gib=0.5),
+        adapt=AdaptConfig(max_share=0.3, learning_rate=1e-5, intermediate_size=64),
+    )
     config.to_yaml(tmp_path / "atlas.yaml")
     assert AtlasConfig.from_yaml(tmp_path / "atlas.yaml") == config
     AtlasConfig().to_yaml(tmp_path / "default.yaml")
@@ -37,6 +45,25 @@ def test_yaml_round_trip(tmp_path):
         ({"lookahead": -1}, ["lookahead"]),
         ({"drafters": ["eagel"]}, ["drafters", "eagel", "suffix"]),
         ({"speculate": "maybe"}, ["speculate"]),
+        ({"retrain": "sometimes"}, ["retrain", "sometimes", "on_drift"]),
+        ({"retrain": 3}, ["retrain"]),
+        ({"static_drafter": 3}, ["static_drafter"]),
+        ({"drafters": []}, ["drafters", "recurrent"]),
+        ({"adapt": {"max_shar": 0.1}}, ["adapt.max_shar", "max_share"]),
+        ({"adapt": {"max_share": 0.0}}, ["adapt.max_share"]),
+        ({"adapt": {"max_share": 1.5}}, ["adapt.max_share"]),
+        ({"adapt": {"max_share": "much"}}, ["adapt.max_share"]),
+        ({"adapt": {"tokens_per_update": 0}}, ["adapt.tokens_per_update"]),
+        ({"adapt": {"deterministic_steps": 0}}, ["adapt.deterministic_steps"]),
+        ({"adapt": {"depth": 0}}, ["adapt.depth"]),
+        ({"adapt": {"max_tokens": 0}}, ["adapt.max_tokens"]),
+        ({"adapt": {"rollouts_kept": 0}}, ["adapt.rollouts_kept"]),
+        ({"adapt": {"learning_rate": 0.0}}, ["adapt.learning_rate"]),
+        ({"adapt": {"learning_rate": float("nan")}}, ["adapt.learning_rate"]),
+        ({"adapt": {"max_grad_norm": -1.0}}, ["adapt.max_grad_norm"]),
+        ({"adapt": {"tolerance": 1.0}}, ["adapt.tolerance"]),
+        ({"adapt": {"tolerance": -0.1}}, ["adapt.tolerance"]),
+        ({"adapt": {"intermediate_size": 0}}, ["adapt.intermediate_size"]),
     ],
 )
 def test_bad_values_are_named(values: dict, words: list[str]):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_rl.control.acceptance import PRIOR_TOKENS, Acceptance
-from atlas_rl.control.controller import Controller
+from atlas_rl.control.controller import Controller, Trial
 from atlas_rl.control.cost_model import MAX_AGE, REFIT_EVERY, SAMPLES_KEPT, FixedStepCost, StepCost, bucket_of
 from atlas_rl.control.lookahead import MIN_GAIN, choose_draft_lens
 from atlas_rl.control.trust import Trust
@@ -147,6 +147,32 @@ def test_a_benched_drafter_is_in_no_arm():
     controller.benched.add("recurrent")
     counts, _, _ = race({"suffix": 1.1, "recurrent": 1.5}, controller=controller)
     assert ("recurrent",) not in counts and counts[("suffix",)] > 2000
+
+
+def test_a_trial_ends_when_its_drafter_is_benched():
+    controller = Controller([("suffix",), ("recurrent",)], StepCost())
+    race({"suffix": 1.5, "recurrent": 1.2}, num_steps=100, controller=controller)
+    contest = controller._contest(8)
+    contest.trial = Trial(("recurrent",))
+    controller.benched.add("recurrent")
+    chosen = [controller.choose(8) for _ in range(3)]
+    assert chosen == [("suffix",)] * 3 and (contest.trial is None or contest.trial.arm != ("recurrent",))
+
+
+def test_without_plain_decoding_another_drafter_takes_a_benched_ones_place():
+    controller = Controller([("suffix",), ("recurrent",)], StepCost(), may_decode_plainly=False)
+    race({"suffix": 2.0, "recurrent": 1.2}, num_steps=100, controller=controller)
+    controller.benched.add("suffix")
+    assert [controller.choose(n) for n in (1, 8, 64)] == [("recurrent",)] * 3
+    controller.benched.add("recurrent")
+    assert controller.choose(8) == ()
+
+
+def test_with_three_arms_and_no_plain_decoding_the_first_may_be_benched():
+    controller = Controller([("a",), ("b",), ("c",)], StepCost(), may_decode_plainly=False)
+    controller.benched.add("a")
+    counts, _, _ = race({"a": 3.0, "b": 1.2, "c": 2.0}, num_steps=500, controller=controller)
+    assert counts.keys() <= {("b",), ("c",)}, "some draft in every step"
 
 
 def test_one_long_step_decides_nothing():
