@@ -24,6 +24,7 @@ from atlas_rl.adapt.losses import PolicyEnds, low_precision, unrolled_loss
 from atlas_rl.adapt.replay import Replay
 from atlas_rl.config import AdaptConfig
 from atlas_rl.control.budget import RetrainBudget
+from atlas_rl.drafters.heads import Windows
 from atlas_rl.drafters.recurrent import RecurrentDrafter
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.telemetry.stats import RetrainStats
@@ -121,7 +122,8 @@ class Retrainer:
     def _update(self, view: PolicyView, replay: Replay, num_steps: int, start: float, is_sound: bool) -> RetrainStats:
         ends = PolicyEnds.of(view.model)
         newest, held_out = self._split(replay)
-        before = self._tokens(self._measure(held_out, ends))
+        judged = self._judged_windows(held_out)
+        before = self._tokens(self._measure(judged, ends))
         stats = RetrainStats(updates=1, acceptance_before=before, acceptance_after=before, kept=1)
         if self.when == "on_drift" and is_sound and not self._has_drifted(before):
             self.kept.append(newest)
@@ -131,7 +133,7 @@ class Retrainer:
         begun = time.perf_counter()
         is_finite = all(self._step(newest, ends) for _ in range(num_steps))
         self.step_seconds = time.perf_counter() - begun
-        after = self._tokens(self._measure(held_out, ends)) if is_finite else 0.0
+        after = self._tokens(self._measure(judged, ends)) if is_finite else 0.0
         stats.steps, stats.acceptance_after = num_steps, after
         if after >= before * (1 - self.config.tolerance):
             self.good_head = copy.deepcopy(self.drafter.head.state_dict())
@@ -193,8 +195,12 @@ class Retrainer:
             return replay, replay
         return replay.rows(order[num_held_out:]), replay.rows(order[:num_held_out])
 
-    def _measure(self, held_out: Replay, ends: PolicyEnds) -> Acceptance:
-        windows = held_out.tiles(HELD_OUT_STARTS + JUDGED_LOOKAHEAD, JUDGED_LOOKAHEAD).rows(slice(HELD_OUT_WINDOWS))
+    def _judged_windows(self, held_out: Replay) -> Windows:
+        """Some windows of any of the completions: neighbours are right or wrong together."""
+        windows = held_out.tiles(HELD_OUT_STARTS + JUDGED_LOOKAHEAD, JUDGED_LOOKAHEAD)
+        return windows.rows(torch.randperm(len(windows), generator=self.generator)[:HELD_OUT_WINDOWS])
+
+    def _measure(self, windows: Windows, ends: PolicyEnds) -> Acceptance:
         return measure(self.drafter.head, windows, ends, self.sampling, depth=JUDGED_LOOKAHEAD)
 
     @staticmethod
