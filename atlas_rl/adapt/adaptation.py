@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from atlas_rl.adapt.retrainer import Retrainer
+from atlas_rl.adapt.retrainer import JUDGED_LOOKAHEAD, Retrainer
 from atlas_rl.config import AtlasConfig
 from atlas_rl.drafters import Drafters
 from atlas_rl.engine.engine import RolloutEngine
@@ -21,6 +21,8 @@ DISTILL_SHARE = 0.25
 """Of the time between two updates, while a new head is being made."""
 EXPECTED_SAVING = 0.15
 """Of decoding, that a new head is taken to bring: what it has to earn back is known only when it is there."""
+MIN_SHOWN = 500
+"""Drafts from which on their acceptance says something."""
 MIN_RETURN = 2.0
 """Projected savings over cost from which on a head is made."""
 
@@ -94,6 +96,7 @@ class Adaptation:
         if self.distill_steps_left:
             stats = self._distill(engine, interval, traffic.seconds, remaining)
         else:
+            self._look_at_drafts(engine)
             stats = self.retrainer.update(
                 engine.view,
                 engine.sampling,
@@ -107,6 +110,15 @@ class Adaptation:
                 engine.speculator.reinstate(self.drafters.adaptive.name)
             if not has_changed:  # or else all drafters take over the policy's new weights anyway
                 engine.speculator.weights_updated(self.drafters.adaptive.name)
+
+    def _look_at_drafts(self, engine: RolloutEngine) -> None:
+        """Tell the budget what the head has shown, or the frozen one that it is still equal to."""
+        name = self.drafters.adaptive.name
+        if name in engine.controller.benched and self.drafters.starts_as_static:
+            name = "static"
+        shown = engine.controller.acceptance[name]
+        if shown.total_K[0] > MIN_SHOWN:
+            self.retrainer.budget.notice(1 + float(shown.survival_K[:JUDGED_LOOKAHEAD].sum()))
 
     def forget_unsaved(self) -> None:
         """Drop what a checkpoint does not hold: captured rollouts, and the counts of the suffix drafter."""
