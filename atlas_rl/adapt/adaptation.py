@@ -118,7 +118,7 @@ class Adaptation:
             name = "static"
         shown = engine.controller.acceptance[name]
         if shown.total_K[0] > MIN_SHOWN:
-            self.retrainer.budget.notice(1 + float(shown.survival_K[:JUDGED_LOOKAHEAD].sum()))
+            self.retrainer.budget.notice("shown", 1 + float(shown.survival_K[:JUDGED_LOOKAHEAD].sum()))
 
     def forget_unsaved(self) -> None:
         """Drop what a checkpoint does not hold: captured rollouts, and the counts of the suffix drafter."""

@@ -99,6 +99,7 @@ class Retrainer:
             gain = stats.acceptance_after / stats.acceptance_before - 1 if stats.kept else 0.0
             costs = self.step_seconds / stats.steps, stats.seconds - self.step_seconds
             self.budget.record(stats.steps, *costs, gain, rollout_seconds, remaining)
+            self.budget.notice("judged", stats.acceptance_before)  # the head may not be drafting at all
         return stats
 
     def train(self, view: PolicyView, sampling: SamplingParams, num_steps: int) -> RetrainStats | None:

@@ -10,7 +10,7 @@ DECAY = 0.6
 """Per update, of what earlier ones have measured."""
 LONGEST_PAUSE = 16
 FIRST_STEPS = 4.0
-FALL = 0.1
+FALL = 0.15
 """Of drafts' tokens per step, relative to the most they have been: there is something to learn again."""
 
 
@@ -35,20 +35,20 @@ class RetrainBudget:
         """Of an update beside its steps: validation, taking the weights over."""
         self.return_on_cost: float | None = None
         """Seconds that updates save over what they cost, decayed."""
-        self.best_tokens = 0.0
-        """Per step, the most that drafts have brought since they last fell."""
+        self.best_tokens: dict[str, float] = {}
+        """Per step, the most that drafts have brought since they last fell, by where that is known from."""
 
     @property
     def is_near(self) -> bool:
         """Whether an update may be due the next time."""
         return self.deterministic_steps is not None or self.steps >= 1 or self.owed + self.allowed >= 1
 
-    def notice(self, tokens_per_step: float) -> None:
+    def notice(self, source: str, tokens_per_step: float) -> None:
         """What drafts bring now. Where that has fallen, what updates have brought lately says nothing of the next ones."""
-        self.best_tokens = max(self.best_tokens, tokens_per_step)
-        if tokens_per_step < self.best_tokens * (1 - FALL):
+        best = self.best_tokens[source] = max(self.best_tokens.get(source, 0.0), tokens_per_step)
+        if tokens_per_step < best * (1 - FALL):
             self.steps, self.owed = max(self.steps, FIRST_STEPS), max(self.owed, 1.0)
-            self.return_on_cost, self.best_tokens = None, tokens_per_step
+            self.return_on_cost, self.best_tokens[source] = None, tokens_per_step
 
     def choose(self, interval_seconds: float, remaining_updates: float) -> int:
         """Steps for an update, where updates are so far apart and so many more will come."""
