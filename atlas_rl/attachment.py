@@ -230,7 +230,8 @@ class Attachment:
         metrics = {name: row[name] for name in names if name in row}
         metrics["seconds"] = row["seconds"]["total"]
         for name, counts in row.get("drafters", {}).items():
-            metrics[f"{name}_acceptance"] = counts["acceptance"]
+            if "acceptance" in counts:  # of an arm's drafters one may never have been the better one
+                metrics[f"{name}_acceptance"] = counts["acceptance"]
         prefix = "rollout/" if phase == "train" else "eval_rollout/"
         return {prefix + name: value for name, value in metrics.items()}
 

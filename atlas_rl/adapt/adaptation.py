@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from atlas_rl.adapt.retrainer import Retrainer
+from atlas_rl.adapt.retrainer import JUDGED_LOOKAHEAD, Retrainer
 from atlas_rl.config import AtlasConfig
 from atlas_rl.drafters import Drafters
 from atlas_rl.engine.engine import RolloutEngine
@@ -19,10 +19,10 @@ DISTILL_STEPS = 800
 """Optimizer steps after which a new head guesses well enough to be used, and a frozen copy of it becomes the static drafter."""
 DISTILL_SHARE = 0.25
 """Of the time between two updates, while a new head is being made."""
-DRIFT = 0.05
-"""Relative fall of the live acceptance that makes retraining worth another look, whatever it brought before."""
 EXPECTED_SAVING = 0.15
 """Of decoding, that a new head is taken to bring: what it has to earn back is known only when it is there."""
+MIN_SHOWN = 500
+"""Drafts from which on their acceptance says something."""
 MIN_RETURN = 2.0
 """Projected savings over cost from which on a head is made."""
 
@@ -50,8 +50,6 @@ class Adaptation:
         self.num_updates = 0
         self.is_distilling = False
         self.has_failed = False
-        self.best_tokens = 0.0
-        """Per step, that the best drafter got right where it was asked."""
 
     def attach(self, engine: RolloutEngine) -> None:
         """Serve an engine that was built with these drafters."""
@@ -98,15 +96,12 @@ class Adaptation:
         now = time.perf_counter()
         interval, self.last_update = now - self.last_update, now
         self.num_updates += 1
-        if self._has_drifted(engine):
-            self.retrainer.budget.rearm()
         remaining = self.remaining() if self.remaining is not None else float(self.num_updates)
-        is_damaged = (
-            not self.retrainer.is_sound
-        )  # it puts the last good weights back, if there is something to learn or not
+        is_damaged = not self.retrainer.is_sound  # an update puts the last good weights back, whatever it learns
         if self.distill_steps_left:
             stats = self._distill(engine, interval, traffic.seconds, remaining)
         else:
+            self._look_at_drafts(engine)
             stats = self.retrainer.update(
                 engine.view,
                 interval_seconds=interval,
@@ -121,16 +116,14 @@ class Adaptation:
         if not has_changed:  # or else all drafters take over the policy's new weights anyway
             engine.speculator.weights_updated(self.drafters.adaptive.name)
 
-    def _has_drifted(self, engine: RolloutEngine) -> bool:
-        """Whether the neural drafters' live acceptance has fallen since it was looked at last."""
-        acceptance = engine.controller.acceptance
-        names = {d.name for d in self.drafters.all if d.layers is not None} & acceptance.keys()
-        tokens = max(1 + float(acceptance[name].survival_K[:4].sum()) for name in names)
-        best, self.best_tokens = self.best_tokens, max(tokens, self.best_tokens)
-        if tokens > (1 - DRIFT) * best:
-            return False
-        self.best_tokens = tokens
-        return True
+    def _look_at_drafts(self, engine: RolloutEngine) -> None:
+        """Tell the budget what the head has shown, or the frozen one that it is still equal to."""
+        name = self.drafters.adaptive.name
+        if name in engine.controller.benched and self.drafters.starts_as_static:
+            name = "static"
+        shown = engine.controller.acceptance[name]
+        if shown.total_K[0] > MIN_SHOWN:
+            self.retrainer.budget.notice("shown", 1 + float(shown.survival_K[:JUDGED_LOOKAHEAD].sum()))
 
     def forget_unsaved(self) -> None:
         """Drop what a checkpoint does not hold: captured rollouts, and the counts of the suffix drafter."""

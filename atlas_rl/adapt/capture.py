@@ -53,6 +53,7 @@ class Capture:
 
     def verified(self, rows: Sequence[DraftRow], batch: ForwardBatch, num_right: np.ndarray) -> None:
         """A decode step (`Drafter.verified`)."""
+        self.num_seen += len(rows) + int(num_right.sum())
         if self.num_kept >= self.max_tokens:
             return
         self.pending.append((list(rows), batch, num_right))  # the engine's own list changes as rows come and go
@@ -85,8 +86,9 @@ class Capture:
         batches = [batch for _, batch, _ in self.pending]
         query_lens = np.concatenate([batch.query_lens for batch in batches])
         counts = np.concatenate([num_right for _, _, num_right in self.pending]) + 1
-        self.num_seen += int(counts.sum())
         counts = np.where([self._is_chosen(row.row_id) for row in rows], counts, 0)
+        # beyond the bound nothing is kept, of this step and of all later ones: rows have no gap
+        counts = np.diff(np.minimum(np.cumsum(counts), self.max_tokens - self.num_kept), prepend=0)
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         places = np.repeat(np.cumsum(query_lens) - query_lens, counts) + within
         row_ids = np.repeat(np.array([row.row_id for row in rows], np.int64), counts)

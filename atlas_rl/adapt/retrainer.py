@@ -23,7 +23,8 @@ from atlas_rl.adapt.capture import Capture
 from atlas_rl.adapt.losses import PolicyEnds, low_precision, unrolled_loss
 from atlas_rl.adapt.replay import Replay
 from atlas_rl.config import AdaptConfig
-from atlas_rl.control.budget import RetrainBudget
+from atlas_rl.control.budget import RetrainBudget, blend
+from atlas_rl.drafters.heads import Windows
 from atlas_rl.drafters.recurrent import RecurrentDrafter
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.telemetry.stats import RetrainStats
@@ -39,7 +40,7 @@ HELD_OUT_STARTS = 16
 JUDGED_LOOKAHEAD = 4
 NEWEST_SHARE = 0.5
 """Of the windows of a step, the rest is drawn from all rollouts that are kept."""
-DRIFT = 0.03
+DRIFT = 0.06
 """`on_drift` retrains where acceptance has fallen by so much (relatively) since the last update that was kept."""
 
 
@@ -64,6 +65,8 @@ class Retrainer:
         self.good_head = copy.deepcopy(drafter.head.state_dict())
         """The last weights that passed."""
         self.drift_reference: float | None = None
+        self.judged_tokens: float | None = None
+        """Per step, of the head as updates found it, decayed: held-out prompts differ, so that one judgement tells little."""
         self.totals = RetrainStats()
         """Of all updates."""
 
@@ -95,6 +98,7 @@ class Retrainer:
             gain = stats.acceptance_after / stats.acceptance_before - 1 if stats.kept else 0.0
             costs = self.step_seconds / stats.steps, stats.seconds - self.step_seconds
             self.budget.record(stats.steps, *costs, gain, rollout_seconds, remaining)
+            self.budget.notice("judged", self.judged_tokens)  # the head may not be drafting at all
         return stats
 
     def train(self, view: PolicyView, num_steps: int, *, only_if_drifted: bool = False) -> RetrainStats | None:
@@ -124,9 +128,11 @@ class Retrainer:
     ) -> RetrainStats:
         ends = PolicyEnds.of(view.model)
         newest, held_out = self._split(replay)
-        before = self._tokens(self._measure(held_out, ends))
+        judged = self._judged_windows(held_out)
+        before = self._tokens(self._measure(judged, ends))
+        self.judged_tokens = blend(self.judged_tokens, before)
         stats = RetrainStats(updates=1, acceptance_before=before, acceptance_after=before, kept=1)
-        if only_if_drifted and not self._has_drifted(before):
+        if only_if_drifted and not self._has_drifted():
             self.kept.append(newest)
             stats.seconds = time.perf_counter() - start
             return stats
@@ -134,11 +140,12 @@ class Retrainer:
         begun = time.perf_counter()
         is_finite = all(self._step(newest, ends) for _ in range(num_steps))
         self.step_seconds = time.perf_counter() - begun
-        after = self._tokens(self._measure(held_out, ends)) if is_finite else 0.0
+        after = self._tokens(self._measure(judged, ends)) if is_finite else 0.0
         stats.steps, stats.acceptance_after = num_steps, after
         if after >= before * (1 - self.config.tolerance):
             self.good_head = copy.deepcopy(self.drafter.head.state_dict())
-            self.drift_reference = after
+            self.judged_tokens *= after / before
+            self.drift_reference = self.judged_tokens
         else:
             if not is_finite:
                 logger.warning("retraining of drafter %s diverged: it goes on as it was before", self.drafter.name)
@@ -205,18 +212,22 @@ class Retrainer:
             return replay, replay
         return replay.rows((~is_held_out).nonzero()[:, 0]), replay.rows(is_held_out.nonzero()[:, 0])
 
-    def _measure(self, held_out: Replay, ends: PolicyEnds) -> Acceptance:
-        windows = held_out.tiles(HELD_OUT_STARTS + JUDGED_LOOKAHEAD, JUDGED_LOOKAHEAD).rows(slice(HELD_OUT_WINDOWS))
+    def _judged_windows(self, held_out: Replay) -> Windows:
+        """Some windows of any of the completions: neighbours are right or wrong together."""
+        windows = held_out.tiles(HELD_OUT_STARTS + JUDGED_LOOKAHEAD, JUDGED_LOOKAHEAD)
+        return windows.rows(torch.randperm(len(windows), generator=self.generator)[:HELD_OUT_WINDOWS])
+
+    def _measure(self, windows: Windows, ends: PolicyEnds) -> Acceptance:
         return measure(self.drafter.head, windows, ends, self.capture.sampling, depth=JUDGED_LOOKAHEAD)
 
     @staticmethod
     def _tokens(acceptance: Acceptance) -> float:
         return acceptance.tokens_per_step[JUDGED_LOOKAHEAD - 1]
 
-    def _has_drifted(self, tokens: float) -> bool:
+    def _has_drifted(self) -> bool:
         if self.drift_reference is None:
-            self.drift_reference = tokens
-        return tokens < self.drift_reference * (1 - DRIFT)
+            self.drift_reference = self.judged_tokens
+        return self.judged_tokens < self.drift_reference * (1 - DRIFT)
 
     @property
     def is_sound(self) -> bool:
@@ -242,6 +253,7 @@ class Retrainer:
             "capture_rng": self.capture.rng.bit_generator.state,
             "capture_share": self.capture.share,
             "drift_reference": self.drift_reference,
+            "judged_tokens": self.judged_tokens,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -249,5 +261,5 @@ class Retrainer:
         self.generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
         self.capture.rng.bit_generator.state = state["capture_rng"]
         self.capture.share = state["capture_share"]
-        self.drift_reference = state["drift_reference"]
+        self.drift_reference, self.judged_tokens = state["drift_reference"], state["judged_tokens"]
         self.good_head = copy.deepcopy(self.drafter.head.state_dict())

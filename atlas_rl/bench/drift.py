@@ -161,7 +161,8 @@ class Learner:
             self.retrainer.kept.append(replay)
             return
         self.retrainer.capture.take = lambda: replay
-        stats = self.retrainer.train(view, self.sampling, num_steps)
+        self.retrainer.capture.sampling = self.sampling
+        stats = self.retrainer.train(view, num_steps)
         if stats is None:
             return
         self.saved -= stats.seconds

@@ -10,6 +10,8 @@ DECAY = 0.6
 """Per update, of what earlier ones have measured."""
 LONGEST_PAUSE = 16
 FIRST_STEPS = 2.0
+FALL = 0.12
+"""Of drafts' tokens per step, relative to the most they have been: there is something to learn again."""
 
 
 class RetrainBudget:
@@ -33,11 +35,20 @@ class RetrainBudget:
         """Of an update beside its steps: validation, taking the weights over."""
         self.return_on_cost: float | None = None
         """Seconds that updates save over what they cost, decayed."""
+        self.best_tokens: dict[str, float] = {}
+        """Per step, the most that drafts have brought since they last fell, by where that is known from."""
 
     @property
     def is_near(self) -> bool:
         """Whether an update may be due the next time."""
         return self.deterministic_steps is not None or self.steps >= 1 or self.owed + self.allowed >= 1
+
+    def notice(self, source: str, tokens_per_step: float) -> None:
+        """What drafts bring now. Where that has fallen, what updates have brought lately says nothing of the next ones."""
+        best = self.best_tokens[source] = max(self.best_tokens.get(source, 0.0), tokens_per_step)
+        if tokens_per_step < best * (1 - FALL):
+            self.steps, self.owed = max(self.steps, FIRST_STEPS), max(self.owed, 1.0)
+            self.return_on_cost, self.best_tokens[source] = None, tokens_per_step
 
     def choose(self, interval_seconds: float, remaining_updates: float) -> int:
         """Steps for an update, where updates are so far apart and so many more will come."""
@@ -69,21 +80,16 @@ class RetrainBudget:
     ) -> None:
         """An update of so many steps made drafts' tokens per step better by this relative gain, of which a rollout that takes
         so long profits, and those after it."""
-        self.step_seconds = _blend(self.step_seconds, step_seconds)
-        self.fixed_seconds = _blend(self.fixed_seconds or None, fixed_seconds)
+        self.step_seconds = blend(self.step_seconds, step_seconds)
+        self.fixed_seconds = blend(self.fixed_seconds or None, fixed_seconds)
         saved = gain / (1 + gain) * rollout_seconds * min(HORIZON, remaining)
         returned = saved / (steps * step_seconds + fixed_seconds)
-        self.return_on_cost = _blend(self.return_on_cost, returned)
+        self.return_on_cost = blend(self.return_on_cost, returned)
         if self.return_on_cost > 1.5:
             self.steps *= 2
         elif self.return_on_cost < 1.0:
             self.steps /= 2 if self.return_on_cost > 0.25 else 4
         self.steps = min(max(self.steps, 1 / LONGEST_PAUSE), 4096.0)
-
-    def rearm(self) -> None:
-        """Drafts have become worse: what earlier updates have brought tells nothing about the next one."""
-        if self.steps < FIRST_STEPS:
-            self.steps, self.owed, self.return_on_cost = FIRST_STEPS, 1.0, None
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -93,5 +99,6 @@ class RetrainBudget:
         vars(self).update({name: state[name] for name in names})
 
 
-def _blend(old: float | None, new: float) -> float:
+def blend(old: float | None, new: float) -> float:
+    """A decayed mean, with a new value."""
     return new if old is None else DECAY * old + (1 - DECAY) * new

@@ -57,8 +57,7 @@ def _against_kl(axes: Axes, study: dict[str, Any]) -> None:
     for name, mode in modes.items():
         probes = {s["step"]: s["probe"]["tokens_per_decode_step"] for s in mode["steps"] if "probe" in s}
         if probes and not (name == "static" and "never" in modes):  # one drafter, one line
-            steps = sorted(probes, key=kl.__getitem__)
-            points = [kl[i] for i in steps], [probes[i] for i in steps]
+            points = [kl[i] for i in probes], list(probes.values())  # in the order of time
             axes.plot(*points, "o-", ms=3, lw=1.3, color=COLORS[name], label=LABELS[name])
     axes.set(
         xlabel="KL(policy ‖ start), nats per token", ylabel="tokens per step, lookahead 4", title="Following the policy"

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, LogitsProcessorList, MinLengthLogitsP
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from atlas_rl import AtlasConfig, AtlasRolloutGenerator, SamplingParams
+from atlas_rl.telemetry.stats import DrafterStats, RolloutStats
 
 PAD, EOS = 0, 1
 
@@ -257,3 +258,12 @@ def test_adapters_fall_back(caplog):
 def test_only_models_and_trainers_are_taken():
     with pytest.raises(ValueError, match="trainer or a transformers model"):
         AtlasRolloutGenerator().attach(torch.nn.Linear(2, 2))
+
+
+def test_a_drafter_without_a_verified_token_has_no_acceptance(atlas):
+    """In an arm of two drafters the other one's drafts may be the better ones for every row."""
+    atlas.attach(tiny_llama())
+    stats = RolloutStats(completion_tokens=8, drafters={"suffix": DrafterStats(), "static": DrafterStats(proposed=2)})
+    atlas.attachment.unlogged["train"] = stats
+    metrics = atlas.pop_metrics("train")
+    assert "rollout/static_acceptance" in metrics and "rollout/suffix_acceptance" not in metrics

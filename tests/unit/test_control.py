@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_rl.control.acceptance import PRIOR_TOKENS, Acceptance
+from atlas_rl.control.budget import FIRST_STEPS, RetrainBudget
 from atlas_rl.control.controller import Controller, Trial
 from atlas_rl.control.cost_model import MAX_AGE, REFIT_EVERY, SAMPLES_KEPT, FixedStepCost, StepCost, bucket_of
 from atlas_rl.control.lookahead import MIN_GAIN, choose_draft_lens
@@ -228,3 +229,19 @@ def test_trust_falls_with_broken_promises_and_recovers():
     for _ in range(50):
         honest.record(num_accepted=3, num_expected=3)
     assert honest.factor == 1
+
+
+def test_retraining_is_taken_up_again_where_drafts_get_worse():
+    budget = RetrainBudget(max_share=0.05)
+    for _ in range(12):
+        budget.notice("shown", 2.4)
+        steps = budget.choose(interval_seconds=60, remaining_updates=50)
+        budget.record(max(1, steps), 0.02, 0.1, gain=0.0, rollout_seconds=30, remaining=50)
+    budget.notice("judged", 1.3)
+    budget.notice("shown", 2.2)
+    assert not budget.is_near and budget.choose(60, 50) == 0, "it brought nothing, and little has changed"
+    budget.notice("shown", 1.3)
+    assert budget.is_near and budget.choose(60, 50) == FIRST_STEPS
+    for _ in range(3):
+        budget.record(2, 0.02, 0.1, gain=0.1, rollout_seconds=30, remaining=50)
+    assert budget.choose(60, 50) == 8 * FIRST_STEPS, "as long as it pays, twice as much the next time"
