@@ -34,7 +34,7 @@ class WrongDrafter(Drafter):
             drafts.probs[index, : len(tokens)] = 1.0  # promised to be certain
         return drafts
 
-    def observe(self, rows: Sequence[DraftRow], num_drafted: Sequence[int], num_accepted: Sequence[int]) -> None:
+    def observe(self, rows: Sequence[DraftRow], num_drafted: np.ndarray, num_accepted: np.ndarray) -> None:
         assert all(0 <= a <= d for d, a in zip(num_drafted, num_accepted, strict=True))
 
     def release(self, rows: Sequence[DraftRow], finished: bool) -> None:

@@ -100,7 +100,7 @@ class Drafter:
         `num_right[i]` tokens were right: places up to and with the row's first + num_right[i] hold what rows have emitted
         (or have ended before)."""
 
-    def observe(self, rows: Sequence[DraftRow], num_drafted: Sequence[int], num_accepted: Sequence[int]) -> None:
+    def observe(self, rows: Sequence[DraftRow], num_drafted: np.ndarray, num_accepted: np.ndarray) -> None:
         """`output_ids` of each row has grown since the drafter was last told of it; of the `num_drafted[i]` verified draft tokens
         (a prefix of what it proposed, maybe none of it) the first `num_accepted[i]` were right."""
 

@@ -159,7 +159,7 @@ class PagedDrafter(Drafter):
             num_cached=int(positions.sum()),
         )
 
-    def observe(self, rows: Sequence[DraftRow], num_drafted: Sequence[int], num_accepted: Sequence[int]) -> None:
+    def observe(self, rows: Sequence[DraftRow], num_drafted: np.ndarray, num_accepted: np.ndarray) -> None:
         """The counts are not needed: every guess, verified or not, is judged by the tokens that were emitted."""
         judged = [row for row in rows if row.row_id in self.proposed]
         if not judged:

@@ -143,15 +143,14 @@ class RecurrentDrafter(Drafter):
     def verified(self, rows: Sequence[DraftRow], batch: ForwardBatch, num_right: np.ndarray) -> None:
         self.latest = (list(rows), batch, num_right)  # the engine's own list changes as rows come and go
 
-    def observe(self, rows: Sequence[DraftRow], num_drafted: Sequence[int], num_accepted: Sequence[int]) -> None:
+    def observe(self, rows: Sequence[DraftRow], num_drafted: np.ndarray, num_accepted: np.ndarray) -> None:
         if self.proposed is None or self.proposed[0] != rows:
             return
-        drafted, accepted = np.array(num_drafted, np.int64), np.array(num_accepted, np.int64)
         cells_RK, self.proposed = self.proposed[1], None
         if self.native is not None:
-            self.native.judge(cells_RK, drafted, accepted, self.calibration)
+            self.native.judge(cells_RK, num_drafted, num_accepted, self.calibration)
         else:
-            self.calibration.record(cells_RK, drafted, accepted)
+            self.calibration.record(cells_RK, num_drafted, num_accepted)
 
     def release(self, rows: Sequence[DraftRow], finished: bool) -> None:
         if finished and self.owns_vocabulary:

@@ -122,7 +122,7 @@ class SuffixDrafter(Drafter):
         )
         return Drafts(tokens, probs)
 
-    def observe(self, rows: Sequence[DraftRow], num_drafted: Sequence[int], num_accepted: Sequence[int]) -> None:
+    def observe(self, rows: Sequence[DraftRow], num_drafted: np.ndarray, num_accepted: np.ndarray) -> None:
         """The counts are not needed: every guess, verified or not, is judged by the tokens that were emitted."""
         tokens: list[int] = []
         ends = []
@@ -148,7 +148,7 @@ class SuffixDrafter(Drafter):
 
     def _catch_up(self) -> None:
         if self.unlearned:
-            nobody = [0] * len(self.unlearned)
+            nobody = np.zeros(len(self.unlearned), np.int64)
             self.observe(self.unlearned, nobody, nobody)
             while self.unlearned:
                 self._drop(self.unlearned.popleft())

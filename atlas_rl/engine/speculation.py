@@ -179,8 +179,11 @@ class Speculator:
         for row in np.flatnonzero(lens).tolist():
             fitting = scheduler.reserve_draft(sequences[row], int(lens[row]))
             chosen[row] = drafts.token_ids[row, :fitting].tolist()
-        promised = np.where(np.arange(drafts.probs.shape[1]) < lens[:, None], drafts.probs, 0.0).sum(1)
-        self.expected = np.bincount(self.sources, weights=promised, minlength=len(self.arm))
+        promised = drafts.probs * (np.arange(drafts.probs.shape[1]) < lens[:, None])
+        if len(self.arm) == 1:
+            self.expected = promised.sum(keepdims=True)[0]
+        else:
+            self.expected = np.bincount(self.sources, weights=promised.sum(1), minlength=len(self.arm))
         stats.seconds["draft"] += time.perf_counter() - start
         return chosen
 
@@ -199,7 +202,7 @@ class Speculator:
         for drafter in self.readers:
             self._call(drafter, "verified", sequences, batch, num_right)
         self._tell("verified", sequences, batch, num_right)
-        drafted, accepted = batch.query_lens - 1, np.array(num_accepted)
+        drafted, accepted = batch.query_lens - 1, np.array(num_accepted, np.int64)
         if self.arm and drafted.any():
             self._trust(drafted, accepted)
             self.uncounted.append((self.arm, self.sources, drafted, accepted))
@@ -207,9 +210,8 @@ class Speculator:
                 self._count(stats)
         for drafter in self.active:
             if drafter.name in self.arm:
-                mine = self.sources == self.arm.index(drafter.name)
-                counts = np.where(mine, drafted, 0).tolist(), np.where(mine, accepted, 0).tolist()
-                self._call(drafter, "observe", sequences, *counts)
+                mine = 1 if len(self.arm) == 1 else self.sources == self.arm.index(drafter.name)
+                self._call(drafter, "observe", sequences, drafted * mine, accepted * mine)
             else:  # told in one go, before it is asked again
                 self.behind.add(drafter.name)
         stats.seconds["draft"] += time.perf_counter() - start
@@ -235,7 +237,7 @@ class Speculator:
             if drafter.uses_blocks:
                 wanted = np.array([scheduler.reserve_draft(s, n) for s, n in zip(sequences, max_lens.tolist())])
             if name in self.behind:
-                nobody = [0] * len(sequences)
+                nobody = np.zeros(len(sequences), np.int64)
                 self._call(drafter, "observe", sequences, nobody, nobody)
                 self.behind.discard(name)
             drafts = self._call(drafter, "propose", sequences, wanted, min_prob / max(0.2, self.trust[name].factor))
@@ -322,12 +324,14 @@ class Speculator:
         token_ids, probs = drafts
         if not (token_ids.shape == probs.shape and token_ids.ndim == 2 and len(token_ids) == len(max_lens)):
             fault = f"drafts of shape {token_ids.shape} with probabilities of {probs.shape} for {len(max_lens)} rows"
-        elif not ((probs >= 0) & (probs <= 1)).all():
+        elif probs.size and not (probs.min() >= 0 and probs.max() <= 1):  # not so for NaN either
             fault = "a probability outside [0, 1]"
-        elif not ((token_ids >= 0) & (token_ids < self.vocab_size)).all():
+        elif token_ids.size and not (token_ids.min() >= 0 and token_ids.max() < self.vocab_size):
             fault = f"a token id outside the vocabulary: {token_ids.min()} … {token_ids.max()}"
+        elif probs.shape[1] > max_lens.min():
+            return Drafts(token_ids, probs * (np.arange(probs.shape[1]) < max_lens[:, None]))
         else:
-            return Drafts(token_ids, np.where(np.arange(probs.shape[1]) < max_lens[:, None], probs, 0.0))
+            return drafts
         self.bench(drafter, f"it proposed {fault}")
         return None
 
