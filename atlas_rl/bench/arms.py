@@ -160,6 +160,8 @@ class AtlasArm(Arm):
 
     def run(self, batch: Batch) -> list[int]:
         self.engine.weights_changed = True  # a rollout follows a policy update
+        # the other arms' time is none of this one's: retraining may take a share of its own
+        self.adaptation.last_update = time.perf_counter() - self.engine.stats.seconds["total"]
         rollouts = self.engine.generate(batch.requests(), SAMPLING)
         return [len(rollout.token_ids) for rollout in rollouts]
 
@@ -171,7 +173,8 @@ class AtlasArm(Arm):
         drafters = build_drafters(self.config, self.view)
         before = self.engine
         self.engine = RolloutEngine(self.view, self.config, drafters.all)
-        Adaptation(self.config, drafters).attach(self.engine)
+        self.adaptation = Adaptation(self.config, drafters)
+        self.adaptation.attach(self.engine)
         if before is not None:  # step times are the machine's, not the completions': a trainer keeps them too
             self.engine.step_cost.__dict__.update(before.step_cost.__dict__)
             benched = self.engine.controller.benched

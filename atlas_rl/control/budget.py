@@ -10,6 +10,8 @@ DECAY = 0.6
 """Per update, of what earlier ones have measured."""
 LONGEST_PAUSE = 16
 FIRST_STEPS = 2.0
+LIKELY_STEP_SECONDS, LIKELY_FIXED_SECONDS = 0.02, 0.08
+"""Of an update, before there was one."""
 FALL = 0.12
 """Of drafts' tokens per step, relative to the most they have been: there is something to learn again."""
 
@@ -26,10 +28,10 @@ class RetrainBudget:
         self.deterministic_steps = deterministic_steps
         self.steps = FIRST_STEPS
         """Of the next update; below one, updates are skipped: a half is every second one."""
-        self.owed = 1.0
+        self.owed = 0.0
         """Share of an optimizer step that waits to be done; at one it is."""
-        self.allowed = 1.0
-        """Steps that the last choice found room for."""
+        self.increment = 1.0
+        """What the last choice added to it."""
         self.step_seconds: float | None = None
         self.fixed_seconds = 0.0
         """Of an update beside its steps: validation, taking the weights over."""
@@ -41,7 +43,7 @@ class RetrainBudget:
     @property
     def is_near(self) -> bool:
         """Whether an update may be due the next time."""
-        return self.deterministic_steps is not None or self.steps >= 1 or self.owed + self.allowed >= 1
+        return self.deterministic_steps is not None or self.owed + self.increment >= 1
 
     def notice(self, source: str, tokens_per_step: float) -> None:
         """What drafts bring now. Where that has fallen, what updates have brought lately says nothing of the next ones."""
@@ -57,13 +59,15 @@ class RetrainBudget:
         if remaining_updates < 1:
             return 0
         allowed = self.steps
-        if self.step_seconds is not None:
-            room = self.max_share * interval_seconds - self.fixed_seconds
-            allowed = min(allowed, max(room / self.step_seconds, 0.25 / LONGEST_PAUSE))
-        self.allowed = allowed
+        room = self.max_share * interval_seconds - (self.fixed_seconds or LIKELY_FIXED_SECONDS)
+        allowed = min(allowed, max(room / (self.step_seconds or LIKELY_STEP_SECONDS), 0.25 / LONGEST_PAUSE))
         if allowed >= 1:
+            self.increment = 1.0
             return int(allowed)
-        self.owed += max(allowed, 1 / LONGEST_PAUSE)
+        # rarely enough for an update, all of it, to stay within its share
+        cost = (self.step_seconds or LIKELY_STEP_SECONDS) + (self.fixed_seconds or LIKELY_FIXED_SECONDS)
+        self.increment = min(max(allowed, 1 / LONGEST_PAUSE), self.max_share * interval_seconds / cost)
+        self.owed += self.increment
         if self.owed < 1:
             return 0
         self.owed -= 1

@@ -23,11 +23,13 @@ Arm = tuple[str, ...]
 PLAIN: Arm = ()
 
 HYSTERESIS = 1.03
+PLAIN_BONUS = 1.05
+"""What a plain step is worth beyond what it emits: rows stay together to the end, and nothing has to be tried or learned."""
 TRIAL_STEPS = 4
 """Steps of either arm in a trial."""
-TRIAL_EVERY = 16
+TRIAL_EVERY = 32
 """Steps at least between trials at batches of one size."""
-FIRST_WAIT, LONGEST_WAIT = 32, 768
+FIRST_WAIT, LONGEST_WAIT = 64, 1536
 """Steps between trials of one arm at batches of one size; doubled each time that it loses."""
 LONGEST_PLAIN_WAIT = 192
 """Plain decoding is the floor: it is never out of sight for long."""
@@ -182,14 +184,11 @@ class Controller:
         self.draft_cost[name].record(num_rows, depth, seconds)
 
     def policy_updated(self) -> None:
-        """What drafters have shown counts for less; those that lost get another chance sooner."""
+        """What drafters have shown counts for less."""
         for acceptance in self.acceptance.values():
             acceptance.fade(UPDATE_DECAY)
         for contest in self.contests.values():
             contest.min_probs.clear()
-            for waiting in contest.waiting.values():
-                waiting.until -= (waiting.until - contest.step) // 2
-                waiting.next_wait = max(FIRST_WAIT, waiting.next_wait // 2)
 
     # ---- the contest -----------------------------------------------------------------------------------------------------
 
@@ -204,7 +203,11 @@ class Controller:
 
     def _most_promising(self, num_rows: int, num_cached: int) -> Arm:
         arms = [arm for arm in self.arms if not self._is_out(arm)] or [PLAIN]
-        return max(arms, key=lambda arm: self.predicted_rate(arm, num_rows, num_cached))
+        bonus = 1.0 if self.deterministic else PLAIN_BONUS
+        return max(
+            arms,
+            key=lambda arm: self.predicted_rate(arm, num_rows, num_cached) * (bonus if arm == PLAIN else 1.0),
+        )
 
     def _next_trial(self, contest: Contest, num_rows: int, num_cached: int) -> Trial | None:
         """Of the arms whose wait is over, the most promising one, if it is not hopeless."""
@@ -227,6 +230,8 @@ class Controller:
     def _judge(self, contest: Contest, trial: Trial) -> None:
         """Medians: one long step decides nothing."""
         ratio = median(trial.rates) / median(trial.rates_of_best)
+        if PLAIN in (trial.arm, contest.best):
+            ratio *= PLAIN_BONUS if trial.arm == PLAIN else 1 / PLAIN_BONUS
         contest.trial = None
         contest.min_probs.clear()
         if ratio > HYSTERESIS:

@@ -71,6 +71,8 @@ class RecurrentDrafter(Drafter):
         self.vocabulary = vocabulary
         self.owns_vocabulary = vocabulary is None
         self.native: NativeHead | None = None
+        self.is_stale = True
+        """Whether `native` lacks weights or words that have changed."""
         self.view: PolicyView | None = None
         self.forget()
 
@@ -109,8 +111,7 @@ class RecurrentDrafter(Drafter):
         """
         if not all(p.isfinite().all() for p in self.head.parameters()):
             raise FloatingPointError(f"the weights of drafter {self.name} are NaN or infinite")
-        if self.native is not None:
-            self.native.load(self.view, self.vocabulary.ids)
+        self.is_stale = True  # packing takes milliseconds: it waits until the drafter is asked
 
     def wake(self, sampling: SamplingParams, num_blocks: int, block_size: int) -> None:
         self.sampling = sampling
@@ -159,6 +160,9 @@ class RecurrentDrafter(Drafter):
     # ---- guesses ---------------------------------------------------------------------------------------------------------
 
     def propose(self, rows: Sequence[DraftRow], max_lens: np.ndarray, min_prob: float = 0.0) -> Drafts:
+        if self.is_stale and self.native is not None:
+            self.native.load(self.view, self.vocabulary.ids)
+        self.is_stale = False
         places = self._places_of(rows)
         max_lens = np.where(places < 0, 0, np.minimum(max_lens, MAX_DRAFT))
         tokens = np.array([row.output_ids[-1] if row.output_ids else row.prompt_ids[-1] for row in rows], np.int64)

@@ -62,6 +62,8 @@ class Speculator:
         """[R] which of the arm's drafters each row's draft of the current step is from."""
         self.expected = np.zeros(0)
         """Accepted tokens that the current step's drafts promise, by drafter of the arm."""
+        self.num_cached = 0
+        """Of the rows of the last step, in all."""
         self.uncounted: list[tuple[Arm, np.ndarray, np.ndarray, np.ndarray]] = []
         """Arm, sources, drafted and accepted tokens by row of the latest steps."""
         self.behind: set[str] = set()
@@ -158,12 +160,15 @@ class Speculator:
         if not self.drafters:
             return nothing
         start = time.perf_counter()
+        arm = self.controller.choose(len(sequences), self.num_cached)
+        if arm == PLAIN:
+            stats.arms["plain"] += 1
+            return nothing
         # a row's last token needs no draft after it: K drafts emit up to K + 1 tokens
         longest = MAX_DRAFT_LEN if self.lookahead is None else self.lookahead
         max_lens = np.minimum(longest, np.array([seq.num_remaining for seq in sequences]) - 1)
-        num_cached = sum(seq.num_computed for seq in sequences)
-        if max_lens.any():
-            self.arm = self.controller.choose(len(sequences), num_cached)
+        num_cached = self.num_cached = sum(seq.num_computed for seq in sequences)
+        self.arm = arm if max_lens.any() else PLAIN
         stats.arms["+".join(self.arm) or "plain"] += 1
         if self.arm == PLAIN:
             return nothing
@@ -202,6 +207,11 @@ class Speculator:
         for drafter in self.readers:
             self._call(drafter, "verified", sequences, batch, num_right)
         self._tell("verified", sequences, batch, num_right)
+        self.num_cached = batch.num_cached
+        if self.arm == PLAIN:
+            self.behind.update(self.drafters)
+            stats.seconds["draft"] += time.perf_counter() - start
+            return
         drafted, accepted = batch.query_lens - 1, np.array(num_accepted, np.int64)
         if self.arm and drafted.any():
             self._trust(drafted, accepted)

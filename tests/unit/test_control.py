@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from atlas_rl.control.acceptance import PRIOR_TOKENS, Acceptance
 from atlas_rl.control.budget import FIRST_STEPS, RetrainBudget
-from atlas_rl.control.controller import Controller, Trial
+from atlas_rl.control.controller import TRIAL_STEPS, Controller, Trial
 from atlas_rl.control.cost_model import MAX_AGE, REFIT_EVERY, SAMPLES_KEPT, FixedStepCost, StepCost, bucket_of
 from atlas_rl.control.lookahead import MIN_GAIN, choose_draft_lens
 from atlas_rl.control.trust import Trust
@@ -156,8 +156,8 @@ def test_a_trial_ends_when_its_drafter_is_benched():
     contest = controller._contest(8)
     contest.trial = Trial(("recurrent",))
     controller.benched.add("recurrent")
-    chosen = [controller.choose(8) for _ in range(3)]
-    assert chosen == [("suffix",)] * 3 and (contest.trial is None or contest.trial.arm != ("recurrent",))
+    assert all(controller.choose(8) != ("recurrent",) for _ in range(3))
+    assert contest.best == ("suffix",) and (contest.trial is None or contest.trial.arm != ("recurrent",))
 
 
 def test_without_plain_decoding_another_drafter_takes_a_benched_ones_place():
@@ -178,8 +178,10 @@ def test_with_three_arms_and_no_plain_decoding_the_first_may_be_benched():
 
 def test_one_long_step_decides_nothing():
     _, _, controller = race({"suffix": 2.0}, num_steps=100)
-    controller.record(("suffix",), 8, 100.0, 2.0)
-    assert controller.choose(8) == ("suffix",)
+    for step in range(2 * TRIAL_STEPS):
+        arm = controller.choose(8)
+        controller.record(arm, 8, 100.0 if step < 2 else 1.0, 2.0 if arm else 1.0)
+    assert controller.contests[3].best == ("suffix",)
 
 
 def test_deterministic_choices_look_at_no_clock():
