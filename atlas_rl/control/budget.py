@@ -30,7 +30,7 @@ class RetrainBudget:
         """Of the next update; below one, updates are skipped: a half is every second one."""
         self.owed = 0.0
         """Share of an optimizer step that waits to be done; at one it is."""
-        self.increment = 1.0
+        self.increment = 0.0
         """What the last choice added to it."""
         self.step_seconds: float | None = None
         self.fixed_seconds = 0.0

@@ -13,6 +13,8 @@ MIN_SAMPLES = 3
 """One slow step is an accident: a bucket that nobody believes in is never measured again."""
 
 REFIT_EVERY = 8
+FEW_TOKENS = 8
+"""Up to about so many, a step takes its time for the weights, not for the tokens."""
 MAX_AGE = 256
 """Steps after which a bucket of few samples is forgotten."""
 
@@ -30,8 +32,8 @@ class StepCost:
     interpolated between buckets, plus C times what a cached token costs.
 
     The two are told apart because draft tokens share their row's cache: eight rows with a draft token each cost less than
-    sixteen rows. Beyond the largest measured bucket twice the tokens are taken to cost half as much again: a little optimism,
-    that makes good drafts go there and be measured.
+    sixteen rows. Beyond the largest measured bucket twice the tokens are taken to cost half as much again (and eight more tokens
+    than a few): a little optimism, that makes good drafts go there and be measured.
     """
 
     def __init__(self) -> None:
@@ -58,7 +60,8 @@ class StepCost:
         """Estimated seconds of a step over `num_tokens` (each of them), or None before there is a believed measurement."""
         if not self.counts:
             return None
-        beyond = np.maximum(0, np.asarray(num_tokens) / self.counts[-1] - 1) * self.medians[-1] / 2
+        more = np.maximum(0, np.asarray(num_tokens) - self.counts[-1]) / max(self.counts[-1], FEW_TOKENS)
+        beyond = more * self.medians[-1] / 2
         return np.interp(num_tokens, self.counts, self.medians) + beyond + self.seconds_per_cached * num_cached
 
     def _fit(self) -> None:

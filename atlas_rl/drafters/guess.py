@@ -18,6 +18,8 @@ from atlas_rl.types import SamplingParams
 
 MARGIN_EDGES = np.array([0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 2.75, 3.5, 4.5, 6.0, 8.0])
 """Of the margins' buckets, in nats."""
+PRIOR = np.array([0.4, 0.42, 0.42, 0.42, 0.43, 0.45, 0.5, 0.58, 0.62, 0.7, 0.8, 0.9, 0.97, 0.993])
+"""How often a guess that won by such a margin is right, before there is evidence: what a trained head came to."""
 MAX_DEPTH = 8
 """Deeper guesses are judged as those at this depth are."""
 HALF_LIFE = 2000.0
@@ -48,9 +50,7 @@ class Calibration:
     """How often guesses were right, by depth and margin."""
 
     def __init__(self) -> None:
-        # a guess that won by a wide margin is taken to be right more often, before there is evidence
-        prior = np.linspace(0.4, 0.95, len(MARGIN_EDGES) + 1)
-        self.right_KM = np.tile(4 * prior, (MAX_DEPTH, 1))
+        self.right_KM = np.tile(4 * PRIOR, (MAX_DEPTH, 1))
         self.total_KM = np.full_like(self.right_KM, 4.0)
 
     @staticmethod

@@ -64,7 +64,7 @@ def test_step_cost_is_a_median_and_interpolates():
     for seconds in (1.0, 1.0, 50.0):
         cost.record(4, 0, seconds)
     cost.record(8, 0, 9.0)
-    assert cost.seconds(8) == 1.5, "one sample is not believed: half as much again for twice the tokens"
+    assert cost.seconds(8) == 1.25, "one sample is not believed: half as much again for eight more"
     for _ in range(2):
         cost.record(8, 0, 3.0)
     assert cost.seconds(4) == 1.0
