@@ -88,6 +88,16 @@ def replay_run(
     """
     policy.load_state_dict(run.steps[0].weights)
     lived = [Mode(name, policy, static_drafter, len(run.steps)) for name in modes]
+    try:
+        return _replay(policy, run, probe, lived, num_probes)
+    finally:
+        for mode in reversed(lived):
+            mode.attachment.close()
+
+
+def _replay(
+    policy: PreTrainedModel, run: RecordedRun, probe: Probe, lived: list[Mode], num_probes: int
+) -> dict[str, Any]:
     looked_at = probed_steps(len(run.steps), num_probes)
     result: dict[str, Any] = {"steps": [], "float_ties": 0, "modes": {mode.name: {"steps": []} for mode in lived}}
     for index, step in enumerate(tqdm(run.steps, desc="replaying the run", unit="step")):
@@ -103,8 +113,6 @@ def replay_run(
             facts |= probe.look()
             _probe_all(lived, probe, result["modes"])
         result["steps"].append(facts)
-    for mode in reversed(lived):
-        mode.attachment.close()
     return result
 
 
