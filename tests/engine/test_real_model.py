@@ -24,11 +24,11 @@ def story_requests(num_completions: int, max_new_tokens: int = 100) -> list[Roll
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_the_output_law(dtype: torch.dtype):
     model = load_stories260k(dtype)
-    num_tokens = 0
-    for report in check_output_law(model, story_requests(40), SAMPLING):
+    reports = list(check_output_law(model, story_requests(40), SAMPLING))
+    for report in reports:
         assert not report.violations(dtype), (report.variant, report.violations(dtype)[0])
-        num_tokens += report.num_tokens
-    assert num_tokens == 8 * 40 * 100
+        assert report.num_tokens == 40 * 100
+    assert len(reports) >= 20
 
 
 def test_it_writes_as_well_as_it_was_trained_to():
