@@ -57,9 +57,8 @@ class Adaptation:
         if self.distill_steps_left:
             engine.controller.benched.update(d.name for d in self.drafters.of_new_head)
         elif self.retrainer is not None and self.drafters.starts_as_static and not self.retrainer.totals.kept:
-            engine.controller.benched.add(
-                self.drafters.adaptive.name
-            )  # until it is another one than the static drafter
+            # until it is another one than the static drafter
+            engine.controller.benched.add(self.drafters.adaptive.name)
         self._listen(engine)
 
     def _listen(self, engine: RolloutEngine) -> None:
