@@ -6,24 +6,26 @@ The names exported here pick by the device of their first argument.
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
 
 from atlas_kernels import cpu, reference
 from atlas_kernels.reference import row_keys
 
-__all__ = ["coupled_sample", "cpu", "gumbel_noise", "noise_bits", "row_keys"]
+__all__ = ["coupled_sample", "cpu", "gumbel_noise", "noise_bits", "row_keys", "uses_triton"]
 
 
 def noise_bits(keys_2N: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """31 uniform bits per (seed, position, token id); see `reference.noise_bits`."""
-    return _module(keys_2N).noise_bits(keys_2N, vocab_size)
+    return _module("noise", keys_2N).noise_bits(keys_2N, vocab_size)
 
 
 def gumbel_noise(keys_2N: torch.Tensor, vocab_size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Standard Gumbel noise per (seed, position, token id); see `reference.gumbel_noise`."""
     if dtype == torch.float64:  # no kernel of its own: only law tests sample in float64
         return reference.gumbel_noise(keys_2N, vocab_size, dtype)
-    return _module(keys_2N).gumbel_noise(keys_2N, vocab_size, dtype)
+    return _module("noise", keys_2N).gumbel_noise(keys_2N, vocab_size, dtype)
 
 
 def coupled_sample(
@@ -36,9 +38,15 @@ def coupled_sample(
     return reference.coupled_sample(logits_NV, keys_2N, temperature)
 
 
-def _module(tensor: torch.Tensor):
-    if not tensor.is_cuda:
-        return reference
-    from atlas_kernels import noise
+triton_everywhere = False
+"""Set by tests: run the Triton kernels on CPU tensors too, through Triton's interpreter."""
 
-    return noise
+
+def uses_triton(tensor: torch.Tensor) -> bool:
+    """Whether ops on this tensor run as Triton kernels."""
+    return tensor.is_cuda or triton_everywhere
+
+
+def _module(name: str, tensor: torch.Tensor):
+    """Where an op on this tensor is found: in the Triton module of this name, or among the twins."""
+    return import_module(f"atlas_kernels.{name}") if uses_triton(tensor) else reference
