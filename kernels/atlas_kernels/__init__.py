@@ -11,14 +11,18 @@ from importlib import import_module
 import torch
 
 from atlas_kernels import cpu, reference
-from atlas_kernels.reference import row_keys
+from atlas_kernels.reference import StepInputs, row_keys
 
 __all__ = [
+    "StepInputs",
     "coupled_sample",
     "cpu",
+    "device_row_keys",
+    "finish_step",
     "fused_linear",
     "gumbel_noise",
     "noise_bits",
+    "prepare_step",
     "rms_norm",
     "row_keys",
     "silu_mul",
@@ -39,13 +43,81 @@ def gumbel_noise(keys_2N: torch.Tensor, vocab_size: int, dtype: torch.dtype = to
 
 
 def coupled_sample(
-    logits_NV: torch.Tensor, keys_2N: torch.Tensor | None, temperature: float
+    logits_NV: torch.Tensor,
+    keys_2N: torch.Tensor | None,
+    temperature: float,
+    *,
+    thresholds_N: torch.Tensor | None = None,
+    forbidden: tuple[torch.Tensor, torch.Tensor] | None = None,
+    token_ids_V: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw a token per row of logits, with its log-prob; see `reference.coupled_sample`."""
-    on_cpu = not logits_NV.is_cuda and logits_NV.dtype == torch.float32
-    if on_cpu and logits_NV.is_contiguous() and cpu.unavailable_reason() is None:
+    options = {"thresholds_N": thresholds_N, "forbidden": forbidden, "token_ids_V": token_ids_V}
+    if logits_NV.dtype == torch.float64:  # no kernel of its own: only law tests sample in float64
+        return reference.coupled_sample(logits_NV, keys_2N, temperature, **options)
+    is_plain = (
+        logits_NV.dtype == torch.float32 and logits_NV.is_contiguous() and all(o is None for o in options.values())
+    )
+    if is_plain and not uses_triton(logits_NV) and cpu.unavailable_reason() is None:
         return cpu.coupled_sample(logits_NV, keys_2N, temperature)
-    return reference.coupled_sample(logits_NV, keys_2N, temperature)
+    return _module("sampling", logits_NV).coupled_sample(logits_NV, keys_2N, temperature, **options)
+
+
+def device_row_keys(seeds_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+    """`row_keys` of seeds and positions that are on the device; see `reference.device_row_keys`."""
+    return _module("steps", seeds_N).device_row_keys(seeds_N, positions_N)
+
+
+def prepare_step(
+    slots_R: torch.Tensor,
+    last_tokens_S: torch.Tensor,
+    starts_S: torch.Tensor,
+    remaining_S: torch.Tensor,
+    seeds_S: torch.Tensor,
+    prompt_lens_S: torch.Tensor,
+    tables_SM: torch.Tensor,
+    drafts_RK: torch.Tensor,
+    draft_lens_R: torch.Tensor | None,
+    block_size: int,
+) -> StepInputs:
+    """The inputs of a captured decode step; see `reference.prepare_step`."""
+    return _module("steps", slots_R).prepare_step(
+        slots_R,
+        last_tokens_S,
+        starts_S,
+        remaining_S,
+        seeds_S,
+        prompt_lens_S,
+        tables_SM,
+        drafts_RK,
+        draft_lens_R,
+        block_size,
+    )
+
+
+def finish_step(
+    slots_R: torch.Tensor,
+    input_ids_N: torch.Tensor,
+    tokens_N: torch.Tensor,
+    logprobs_N: torch.Tensor,
+    query_lens_R: torch.Tensor,
+    stop_ids_E: torch.Tensor,
+    last_tokens_S: torch.Tensor,
+    starts_S: torch.Tensor,
+    remaining_S: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Count right draft tokens and advance the rows' state in place; see `reference.finish_step`."""
+    return _module("steps", slots_R).finish_step(
+        slots_R,
+        input_ids_N,
+        tokens_N,
+        logprobs_N,
+        query_lens_R,
+        stop_ids_E,
+        last_tokens_S,
+        starts_S,
+        remaining_S,
+    )
 
 
 def fused_linear(
