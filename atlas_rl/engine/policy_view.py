@@ -110,6 +110,18 @@ class PolicyView:
     def kv_shape(self, block_size: int) -> KVShape:
         return kv_shape(self.model, self.compute_dtype, block_size)
 
+    def memory_key(self) -> tuple[int, ...]:
+        """Changes whenever a forward would read other memory: what was captured before is void then."""
+        copies = [t.data_ptr() for module in self._copies() for t in vars(module).values() if isinstance(t, torch.Tensor)]
+        rotations = [] if self.fused is None else [t.data_ptr() for t in self.fused.rotations]
+        taps = sorted(self.tapped_layers)
+        return (*(p.data_ptr() for p in self.model.parameters()), *copies, *rotations, *taps)
+
+    def prepare_positions(self, num_positions: int) -> None:
+        """Have whatever a forward over so many positions needs: within a captured step nothing can be made."""
+        if self.fused is not None:
+            self.fused.grow_rotations(num_positions)
+
     def refresh(self, force: bool = False) -> bool:
         """Take over the trainer's weights if they have changed; shared tensors need nothing. Returns whether they had."""
         fingerprint = self._fingerprint()
