@@ -14,6 +14,7 @@ from atlas_kernels import cpu, reference
 from atlas_kernels.reference import StepInputs, row_keys
 
 __all__ = [
+    "SharedPrefixes",
     "StepInputs",
     "coupled_sample",
     "cpu",
@@ -22,10 +23,13 @@ __all__ = [
     "fused_linear",
     "gumbel_noise",
     "noise_bits",
+    "paged_attention",
     "prepare_step",
     "rms_norm",
+    "rope_and_store",
     "row_keys",
     "silu_mul",
+    "store_kv",
     "uses_triton",
 ]
 
@@ -143,6 +147,57 @@ def rms_norm(x_ND: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Te
 def silu_mul(gate_up_NI: torch.Tensor) -> torch.Tensor:
     """silu(gate) · up of the two halves of each row; see `reference.silu_mul`."""
     return _module("linears", gate_up_NI).silu_mul(gate_up_NI)
+
+
+def store_kv(key_NHD: torch.Tensor, value_NHD: torch.Tensor, slots_N: torch.Tensor, kv_2BHSD: torch.Tensor) -> None:
+    """Put one key and value per token into one layer of the cache; see `reference.store_kv`."""
+    _module("rotary", key_NHD).store_kv(key_NHD, value_NHD, slots_N, kv_2BHSD)
+
+
+def rope_and_store(
+    qkv_ND: torch.Tensor,
+    query_norm: torch.Tensor | None,
+    key_norm: torch.Tensor | None,
+    eps: float,
+    cos_PD: torch.Tensor,
+    sin_PD: torch.Tensor,
+    positions_N: torch.Tensor,
+    slots_N: torch.Tensor,
+    kv_2BHSD: torch.Tensor,
+) -> torch.Tensor:
+    """Norm and rotate queries and keys, store keys and values, return the queries; see `reference.rope_and_store`."""
+    places = (cos_PD, sin_PD, positions_N, slots_N, kv_2BHSD)
+    return _module("rotary", qkv_ND).rope_and_store(qkv_ND, query_norm, key_norm, eps, *places)
+
+
+def paged_attention(
+    query_NHD: torch.Tensor,
+    kv_2BHSD: torch.Tensor,
+    block_tables_RM: torch.Tensor,
+    starts_R: torch.Tensor,
+    query_lens_R: torch.Tensor,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    *,
+    query_starts_R: torch.Tensor | None = None,
+    max_query_len: int | None = None,
+    shared: SharedPrefixes | None = None,
+) -> torch.Tensor:
+    """Causal attention of each row's tokens over the row's own blocks; see `reference.paged_attention`."""
+    return _module("attention", query_NHD).paged_attention(
+        query_NHD,
+        kv_2BHSD,
+        block_tables_RM,
+        starts_R,
+        query_lens_R,
+        scaling,
+        sliding_window,
+        softcap,
+        query_starts_R=query_starts_R,
+        max_query_len=max_query_len,
+        shared=shared,
+    )
 
 
 triton_everywhere = False
