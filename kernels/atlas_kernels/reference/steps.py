@@ -123,7 +123,7 @@ def finish_step(
     remaining_S[slots_R] = torch.where(was_running_R, new_remaining_R, old_remaining_R)
 
     out_RW = torch.cat([num_right_R[:, None].double(), tokens_RQ.double(), logprobs_RQ.double()], dim=1)
-    nothing_W = -(torch.arange(out_RW.shape[1], device=slots_R.device) == 0).double()
+    nothing_W = torch.arange(-1, out_RW.shape[1] - 1, device=slots_R.device).clamp(max=0).double()
     out_RW = torch.where(was_running_R[:, None], out_RW, nothing_W)
     rows_R = torch.arange(num_rows, device=slots_R.device)
     return out_RW, rows_R * num_places + torch.where(was_running_R, last_R, 0)
