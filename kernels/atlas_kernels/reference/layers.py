@@ -11,8 +11,8 @@ from atlas_kernels.reference.attention import store_kv
 
 
 def rms_norm(x_ND: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x²) + eps) · weight."""
-    return torch.rms_norm(x_ND, weight_D.shape, weight_D, eps)
+    """x / sqrt(mean(x²) + eps) · weight, in x's dtype."""
+    return torch.rms_norm(x_ND, weight_D.shape, weight_D.to(x_ND.dtype), eps)
 
 
 def packed_linear(
@@ -24,6 +24,30 @@ def packed_linear(
     """x W^T + b for each weight [O_i, D] and its bias, side by side, plus a residual. Returns [N, sum of O_i]."""
     outputs = [torch.nn.functional.linear(x_ND, w, b) for w, b in zip(weights, biases, strict=True)]
     return torch.cat(outputs, dim=-1) + (0 if residual_NO is None else residual_NO)
+
+
+def fused_linear(
+    x_ND: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None] | None = None,
+    *,
+    norm_D: torch.Tensor | None = None,
+    eps: float = 0.0,
+    residual_NO: torch.Tensor | None = None,
+    gated: bool = False,
+) -> torch.Tensor:
+    """h W^T + b for each of one to three weights [O_i, D], side by side; gated: silu of the first · the second; plus a residual.
+
+    Args:
+        norm_D: h = RMSNorm(x), in x's dtype; without it h = x. Either is then cast to the weights' dtype.
+    Returns:
+        [N, sum of O_i], or [N, O_0] if gated; in the residual's dtype, without one in the weights'.
+    """
+    hidden_ND = x_ND if norm_D is None else rms_norm(x_ND, norm_D, eps)
+    out_NO = packed_linear(hidden_ND.to(weights[0].dtype), weights, biases or [None] * len(weights))
+    if gated:
+        out_NO = silu_mul(out_NO)
+    return out_NO if residual_NO is None else (out_NO + residual_NO).to(residual_NO.dtype)
 
 
 def silu_mul(gate_up_NI: torch.Tensor) -> torch.Tensor:
