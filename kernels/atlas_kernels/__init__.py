@@ -200,6 +200,31 @@ def paged_attention(
     )
 
 
+def fused_linear(
+    x_ND: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None] | None = None,
+    *,
+    norm_D: torch.Tensor | None = None,
+    eps: float = 0.0,
+    residual_NO: torch.Tensor | None = None,
+    gated: bool = False,
+) -> torch.Tensor:
+    """One to three Linears of one input with norm, gate and residual; see `reference.fused_linear`."""
+    options = {"norm_D": norm_D, "eps": eps, "residual_NO": residual_NO, "gated": gated}
+    return _module("linears", x_ND).fused_linear(x_ND, weights, biases, **options)
+
+
+def rms_norm(x_ND: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm of each row, in x's dtype; see `reference.rms_norm`."""
+    return _module("linears", x_ND).rms_norm(x_ND, weight_D, eps)
+
+
+def silu_mul(gate_up_NI: torch.Tensor) -> torch.Tensor:
+    """silu(gate) · up of the two halves of each row; see `reference.silu_mul`."""
+    return _module("linears", gate_up_NI).silu_mul(gate_up_NI)
+
+
 triton_everywhere = False
 """Set by tests: run the Triton kernels on CPU tensors too, through Triton's interpreter."""
 
