@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable
-from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -248,7 +247,9 @@ class CapturedSteps:
         if larger and self.wanted[key] <= CAPTURE_AFTER:
             smallest = min(larger)
             return smallest, self.steps[smallest]
-        self.graphs.to_device(np.zeros(len(self.slots_R), np.int64), self.slots_R)  # to capture, a step runs once: on padding
+        self.graphs.to_device(
+            np.zeros(len(self.slots_R), np.int64), self.slots_R
+        )  # to capture, a step runs once: on padding
         self.uploaded = []
         try:
             self.steps[key] = self.graphs.capture(self._program(key))

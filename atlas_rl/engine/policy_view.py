@@ -112,7 +112,9 @@ class PolicyView:
 
     def memory_key(self) -> tuple[int, ...]:
         """Changes whenever a forward would read other memory: what was captured before is void then."""
-        copies = [t.data_ptr() for module in self._copies() for t in vars(module).values() if isinstance(t, torch.Tensor)]
+        copies = [
+            t.data_ptr() for module in self._copies() for t in vars(module).values() if isinstance(t, torch.Tensor)
+        ]
         rotations = [] if self.fused is None else [t.data_ptr() for t in self.fused.rotations]
         taps = sorted(self.tapped_layers)
         return (*(p.data_ptr() for p in self.model.parameters()), *copies, *rotations, *taps)

@@ -265,7 +265,9 @@ class Speculator:
     def _propose(self, scheduler: Scheduler, max_lens: np.ndarray, num_cached: int) -> list[Drafts]:
         """The arm's drafts; a drafter that fails leaves the arm."""
         sequences, proposals, names = scheduler.running, [], []
-        min_prob = self.controller.min_prob(self.plan.arm, len(sequences), num_cached) if self.lookahead is None else 0.0
+        min_prob = (
+            self.controller.min_prob(self.plan.arm, len(sequences), num_cached) if self.lookahead is None else 0.0
+        )
         for name in self.plan.arm:
             drafter, start, wanted = self.drafters[name], time.perf_counter(), max_lens
             if drafter.uses_blocks:

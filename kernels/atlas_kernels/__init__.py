@@ -11,7 +11,7 @@ from importlib import import_module
 import torch
 
 from atlas_kernels import cpu, reference
-from atlas_kernels.reference import StepInputs, row_keys
+from atlas_kernels.reference import SharedPrefixes, StepInputs, row_keys
 
 __all__ = [
     "SharedPrefixes",
@@ -134,7 +134,7 @@ def fused_linear(
     residual_NO: torch.Tensor | None = None,
     gated: bool = False,
 ) -> torch.Tensor:
-    """One to three Linears over the same input, normed before, gated or added to a residual after; see `reference.fused_linear`."""
+    """One to three Linears over one input, with norm, gate or residual; see `reference.fused_linear`."""
     options = {"norm_D": norm_D, "eps": eps, "residual_NO": residual_NO, "gated": gated}
     return _module("linears", x_ND).fused_linear(x_ND, weights, biases, **options)
 
@@ -198,31 +198,6 @@ def paged_attention(
         max_query_len=max_query_len,
         shared=shared,
     )
-
-
-def fused_linear(
-    x_ND: torch.Tensor,
-    weights: list[torch.Tensor],
-    biases: list[torch.Tensor | None] | None = None,
-    *,
-    norm_D: torch.Tensor | None = None,
-    eps: float = 0.0,
-    residual_NO: torch.Tensor | None = None,
-    gated: bool = False,
-) -> torch.Tensor:
-    """One to three Linears of one input with norm, gate and residual; see `reference.fused_linear`."""
-    options = {"norm_D": norm_D, "eps": eps, "residual_NO": residual_NO, "gated": gated}
-    return _module("linears", x_ND).fused_linear(x_ND, weights, biases, **options)
-
-
-def rms_norm(x_ND: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm of each row, in x's dtype; see `reference.rms_norm`."""
-    return _module("linears", x_ND).rms_norm(x_ND, weight_D, eps)
-
-
-def silu_mul(gate_up_NI: torch.Tensor) -> torch.Tensor:
-    """silu(gate) · up of the two halves of each row; see `reference.silu_mul`."""
-    return _module("linears", gate_up_NI).silu_mul(gate_up_NI)
 
 
 triton_everywhere = False

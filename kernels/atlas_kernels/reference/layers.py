@@ -36,11 +36,7 @@ def fused_linear(
     residual_NO: torch.Tensor | None = None,
     gated: bool = False,
 ) -> torch.Tensor:
-<<<<<<< HEAD
-    """h W^T + b for each of one to three weights [O_i, D], side by side; gated: silu of the first times the second; plus a residual.
-=======
     """h W^T + b for each of one to three weights [O_i, D], side by side; gated: silu of the first · the second; plus a residual.
->>>>>>> k-linears
 
     Args:
         norm_D: h = RMSNorm(x), in x's dtype; without it h = x. Either is then cast to the weights' dtype.
