@@ -16,7 +16,9 @@ import torch
 from atlas_kernels import SharedPrefixes
 from atlas_rl.engine.kv_cache import KVCache
 
-NOTHING = np.zeros(0, np.int64)
+
+def _nothing() -> np.ndarray:
+    return np.zeros(0, np.int64)
 
 
 @dataclass(kw_only=True)
@@ -38,10 +40,10 @@ class ForwardBatch:
     max_query_len: int
     num_cached: int = 0
     """Tokens of all rows that were in the cache before, as far as the host knows."""
-    input_ids: np.ndarray = NOTHING
-    positions: np.ndarray = NOTHING
+    input_ids: np.ndarray = field(default_factory=_nothing)
+    positions: np.ndarray = field(default_factory=_nothing)
     """[N] tokens and their positions for the host; a captured step's are known after it only."""
-    query_lens: np.ndarray = NOTHING
+    query_lens: np.ndarray = field(default_factory=_nothing)
     """[R] the same."""
     hidden_ND: torch.Tensor | None = None
     """What the forward leaves: last hidden states, after the final norm."""
