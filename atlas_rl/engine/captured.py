@@ -19,6 +19,7 @@ import torch
 
 import atlas_kernels
 from atlas_kernels import StepInputs, coupled_sample, finish_step, prepare_step
+from atlas_rl.drafters.base import StepDrafter
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.decode_state import DecodeState, to_device
 from atlas_rl.engine.graphs import Graph, GraphBackend, HostCopy, Stopwatch
@@ -102,9 +103,11 @@ def bucket_of(num_rows: int) -> int:
 class CapturedSteps:
     """Of one policy, over any number of rollouts: what is captured is kept as long as the memory that it reads stays."""
 
-    def __init__(self, view: PolicyView, graphs: GraphBackend) -> None:
+    def __init__(self, view: PolicyView, graphs: GraphBackend, drafters: dict[str, StepDrafter]) -> None:
         self.view = view
         self.graphs = graphs
+        self.drafters = drafters
+        """Who can draft within a step, by name."""
         self.steps: dict[StepKey, Graph[StepOutputs]] = {}
         self.wanted: dict[StepKey, int] = {}
         """Steps that ran in a larger bucket than they wanted."""
@@ -129,7 +132,10 @@ class CapturedSteps:
         sampled = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.min_new_tokens)
         stops = tuple(sorted(sampling.stopping_ids))
         early = tuple(i for i in {*sampling.eos_token_ids, *sampling.stop_token_ids} if 0 <= i < self.view.vocab_size)
-        signature = (memory, shape, sampled, stops, early, num_rows, num_blocks, self.view.memory_key())
+        for drafter in self.drafters.values():
+            drafter.wake(sampling, num_rows + 1)
+        keys = (self.view.memory_key(), *(drafter.memory_key() for drafter in self.drafters.values()))
+        signature = (memory, shape, sampled, stops, early, num_rows, num_blocks, keys)
         if signature != self.signature:
             self.forget()
             self.signature, self.sampling = signature, sampling
@@ -144,6 +150,12 @@ class CapturedSteps:
             self.drafts = torch.zeros(largest * 32, dtype=torch.int64, device=device)
         self.kv_cache = kv_cache
         self.uploaded: list[int] = []
+
+    def admit(self, sequences: list[Sequence], batch: ForwardBatch | None, places: np.ndarray) -> None:
+        """Rows begin; the last token of row i's prefix is at places[i] of the prefilled batch, -1: there is none."""
+        slots = self.state.slots_of(sequences)
+        for drafter in self.drafters.values():
+            drafter.admit(slots, batch, places)
 
     def sleep(self, keep: bool) -> None:
         """The rollout is over. What was captured goes with the KV memory, unless that is kept."""
@@ -261,21 +273,22 @@ class CapturedSteps:
         return key, self.steps[key]
 
     def _program(self, key: StepKey) -> Callable[[], StepOutputs]:
-        num_rows, num_drafts, _ = key
+        num_rows, num_drafts, name = key
         state, num_places = self.state, 1 + num_drafts
         slots_R, drafts_RK = self.slots_R[:num_rows], self.drafts[: num_rows * num_drafts].view(num_rows, num_drafts)
-        draft_lens_R = self.draft_lens_R[:num_rows] if num_drafts else None
+        draft_lens_R = self.draft_lens_R[:num_rows] if num_drafts and not name else None
         query_starts_R = torch.arange(num_rows, device=slots_R.device) * num_places
 
         def step() -> StepOutputs:
             rows = (state.last_tokens_S, state.starts_S, state.remaining_S)
+            guesses_RK = self.drafters[name].draft(num_drafts, slots_R, state) if name else drafts_RK
             inputs = prepare_step(
                 slots_R,
                 *rows,
                 state.seeds_S,
                 state.prompt_lens_S,
                 state.tables_SM,
-                drafts_RK,
+                guesses_RK,
                 draft_lens_R,
                 self.kv_cache.shape.block_size,
             )
@@ -293,7 +306,9 @@ class CapturedSteps:
             hidden_ND = self.view.hidden_states(batch)
             tokens_N, logprobs_N = self._draw(hidden_ND, inputs, slots_R, num_places)
             drawn = (inputs.input_ids_N, tokens_N, logprobs_N, inputs.query_lens_R)
-            out_RW, _ = finish_step(slots_R, *drawn, self.stop_ids_E, *rows)
+            out_RW, last_places_R = finish_step(slots_R, *drawn, self.stop_ids_E, *rows)
+            for drafter in self.drafters.values():  # also those that are not asked: they may be at any step
+                drafter.keep(slots_R, batch, last_places_R)
             return StepOutputs(out_RW, hidden_ND, batch.tapped)
 
         return step

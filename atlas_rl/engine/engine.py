@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from atlas_rl.config import AtlasConfig
@@ -22,7 +23,7 @@ from atlas_rl.engine.memory import kv_blocks
 from atlas_rl.engine.pipelined import PipelinedDecoding
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.engine.runner import ModelRunner
-from atlas_rl.engine.scheduler import Scheduler
+from atlas_rl.engine.scheduler import PrefillChunk, Scheduler
 from atlas_rl.engine.sequence import PromptGroup, Sequence
 from atlas_rl.engine.speculation import Speculator
 from atlas_rl.telemetry.stats import RolloutStats
@@ -75,14 +76,14 @@ class RolloutEngine:
             may_decode_plainly=self.config.lookahead is None,
         )
         self.speculator = Speculator(drafters, self.controller, view, lookahead=self.config.lookahead)
+        if graphs is None and self.config.engine.capture_steps:
+            graphs = backend_for(view.device)
+        self.captured = None if graphs is None else self._capturing(graphs)
         self.stats = RolloutStats()
         """Figures of the last rollout, also of one that was interrupted."""
         self.scheduler: Scheduler | None = None
         self.runner: ModelRunner | None = None
         self.decoding: Decoding | None = None
-        if graphs is None and self.config.engine.capture_steps:
-            graphs = backend_for(view.device)
-        self.captured = None if graphs is None else CapturedSteps(view, graphs)
         self.between_rollouts: Callable[[RolloutEngine, bool], None] | None = None
         """Called before each rollout, with whether the weights have changed: what retrains drafters."""
         self.traffic = Traffic()
@@ -153,8 +154,10 @@ class RolloutEngine:
             longest = max(seq.max_tokens for group in groups for seq in group.sequences)
             self.captured.wake(kv_cache, sampling, config.max_num_seqs, longest)
             self.decoding = PipelinedDecoding(self.captured, self.runner, *parts)
+            self.speculator.within = frozenset(self.captured.drafters)
         else:
             self.decoding = EagerDecoding(self.runner, *parts)
+            self.speculator.within = frozenset()
 
     def sleep(self) -> None:
         """Give the KV memory back. Nothing of it outlives a rollout, so no policy update can leave it stale."""
@@ -176,8 +179,18 @@ class RolloutEngine:
         started, copies = self.scheduler.commit_prefill(chunks)
         self.speculator.prefilled(batch, chunks, copies)
         self.runner.kv_cache.copy_blocks(copies)
-        self.speculator.admit(started, batch, chunks)
+        places = last_places(started, chunks)
+        self.speculator.admit(started, batch, places)
+        self.decoding.started(started, batch, places)
         self.stats.seconds["prefill"] += time.perf_counter() - start
+
+    def _capturing(self, graphs: GraphBackend) -> CapturedSteps:
+        """Captured steps, with the drafters that can draft within them; these draft alone then."""
+        within = {drafter.name: drafter.within_step() for drafter in self.speculator.active}
+        within = {name: drafter for name, drafter in within.items() if drafter is not None}
+        controller = self.controller
+        controller.arms = [arm for arm in controller.arms if len(arm) < 2 or not within.keys() & set(arm)]
+        return CapturedSteps(self.view, graphs, within)
 
     def _finish(self, sequences: list[Sequence], start: float) -> None:
         """Close the books and free KV memory, after success and after an exception alike."""
@@ -241,6 +254,16 @@ class RolloutEngine:
         for seq in sequences:
             by_prompt.setdefault(seq.prompt_ids, []).append(seq)
         return [PromptGroup.of(group) for group in by_prompt.values()]
+
+
+def last_places(sequences: list[Sequence], chunks: list[PrefillChunk]) -> np.ndarray:
+    """[R] where the last token of each row's prefix is in the forward over these chunks; -1: it has none."""
+    places, end = {}, 0
+    for chunk in chunks:
+        end += chunk.end - chunk.start
+        if chunk.end > chunk.start:
+            places.update((seq.row_id, end - 1) for seq in chunk.group.sequences)
+    return np.array([places.get(seq.row_id, -1) for seq in sequences], np.int64)
 
 
 _warned: set[str] = set()

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.captured import CapturedSteps, CaptureFailed, InFlight
 from atlas_rl.engine.decoding import EagerDecoding
 from atlas_rl.engine.sequence import Sequence
@@ -36,9 +37,14 @@ class PipelinedDecoding(EagerDecoding):
             try:
                 return self._step()
             except CaptureFailed as error:
+                self.speculator.within = frozenset()
                 logger.warning("decode steps are not captured on this machine, decoding is slower: %s", error)
         self.drain()
         return super().step()
+
+    def started(self, sequences: list[Sequence], batch: ForwardBatch | None, places: np.ndarray) -> None:
+        if self.steps.failure is None:
+            self.steps.admit(sequences, batch, places)
 
     def drain(self) -> None:
         if self.in_flight is not None:
@@ -68,7 +74,10 @@ class PipelinedDecoding(EagerDecoding):
 
     def _drafts_within(self) -> int | None:
         """Draft tokens per row that the step makes itself; None: its arm's drafts are the host's to make."""
-        return None if self.speculator.plan.arm else 0
+        arm = self.speculator.plan.arm
+        if not arm:
+            return 0
+        return self.speculator.promise(self.scheduler.running) if arm[0] in self.steps.drafters else None
 
     def _draft_and_verify(self) -> None:
         start, before = time.perf_counter(), self.stats.seconds["draft"]
@@ -106,6 +115,8 @@ class PipelinedDecoding(EagerDecoding):
         outputs = (emitted.tokens_RQ.ravel(), emitted.logprobs_RQ.ravel(), emitted.num_right)
         finished, num_accepted = self._commit(sequences, places, *outputs)
         speculator.plan = step.plan
+        if step.plan.arm:
+            step.plan.sources = step.plan.sources[emitted.rows]
         speculator.observe(sequences, batch, emitted.num_right, num_accepted, stats)
         self._leave(finished, finished=True)
 
