@@ -18,15 +18,16 @@ TILE_BYTES = 16384
 """Of keys, and again of values, twice each: three programs fit a multiprocessor, with a tile or two of each under way."""
 NUM_STAGES = 5
 """A block id, then what it leads to: Triton's pipeline needs five stages to fetch a tile while it computes on another."""
-MIN_PART = 128
-"""A part of a context is of at least so many tokens, where the context is the longest that its block table can hold."""
+MIN_PART, MIN_PART_PER_PAIR = 128, 8
+"""The parts of a context as long as a block table can hold are of at least so many tokens, and of so many per (token, head) pair
+that reads them: then results take at most a quarter of the bytes that keys and values do, in bf16."""
 MAX_SPLITS = 32
 PROGRAMS_PER_MULTIPROCESSOR = 4
 """From so many on, cutting contexts buys nothing."""
 
 
 class Work(NamedTuple):
-    """Tokens that attend together: a row's to its own context, or a span's to the start of the context of row `rows`."""
+    """Tokens that attend together: each row's to its own context, or each span's to the shared start of row `rows[span]`'s."""
 
     query_starts: torch.Tensor
     query_lens: torch.Tensor
@@ -67,14 +68,15 @@ def choose_plan(
     elif block_m >= 64:
         block_m, tile = 64, max(tile // 2, 16)
     num_tiles = triton.cdiv(num_pairs, block_m)
-    num_splits = choose_num_splits(num_items * num_tiles * num_kv_heads, max_context, num_processors)
+    max_parts = max_context // max(MIN_PART, MIN_PART_PER_PAIR * min(num_pairs, block_m))
+    num_splits = choose_num_splits(num_items * num_tiles * num_kv_heads, max_parts, num_processors)
     return Plan(block_m, tile, num_warps, num_tiles, num_splits)
 
 
-def choose_num_splits(num_programs: int, max_context: int, num_processors: int) -> int:
+def choose_num_splits(num_programs: int, max_parts: int, num_processors: int) -> int:
     """Into how many parts each context is cut so that all multiprocessors are busy."""
     wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * num_processors, num_programs)
-    return max(1, min(wanted, max_context // MIN_PART, MAX_SPLITS))
+    return max(1, min(wanted, max_parts, MAX_SPLITS))
 
 
 def combine_warps(num_partials: int, head_dim: int) -> int:
@@ -102,8 +104,8 @@ def paged_attention(
     Where rows are too few to fill the device, each one's context is cut into parts, whose results a second kernel combines.
     A shared prefix is one more such part, read once for all tokens of its span.
 
-    Bound by reading keys and values, each row's once (a shared prefix: once per span) for up to 64 (token, head) pairs of a
-    KV head: 2 · context · KV heads · D elements per row. With more tokens, by the matrix products.
+    Bound by reading keys and values, 2 · context · KV heads · D elements per row (of a shared prefix, per span), which is done
+    once for up to 128 (token, head) pairs of a KV head. With more of them, by the matrix products.
     """
     num_tokens, num_heads, head_dim = query_NHD.shape
     num_rows, num_blocks = block_tables_RM.shape

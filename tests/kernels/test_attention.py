@@ -148,8 +148,9 @@ def test_shared_prefixes(query_len: int, heads: tuple[int, int], num_splits):
 
 def test_a_long_context_is_cut_by_its_own_length(monkeypatch):
     """The parts follow from the row's length: none of a short row's lies in the rest of a long block table."""
-    assert attention.choose_num_splits(8, 1024, 132) == 8
-    assert attention.choose_num_splits(10_000, 1024, 132) == 1
+    assert attention.choose_plan(2, 2, 1024, 1, 32, 4, 132).num_splits == 8
+    assert attention.choose_plan(2, 32, 1024, 1, 32, 4, 132).num_splits == 4
+    assert attention.choose_plan(600, 2, 1024, 1, 32, 4, 132).num_splits == 1
     check(FLOAT32, [900, 10], [2, 1], heads=(2, 1))
 
 
