@@ -94,7 +94,7 @@ def _calibrate_captured(engine: RolloutEngine, max_seconds: float, rows: Sequenc
                     drafting = max(0.0, seconds - verify)
                     engine.controller.record_draft_seconds(name, num_rows, depth, drafting)
     except CaptureFailed as error:
-        logger.warning("decode steps are not captured on this machine, decoding is slower: %s", error)
+        logger.warning("decode steps are not captured, decoding is slower: %s", error)
     finally:
         captured.forget()
     return time.perf_counter() - start

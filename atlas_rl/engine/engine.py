@@ -140,7 +140,9 @@ class RolloutEngine:
     def wake(self, groups: list[PromptGroup], sampling: SamplingParams) -> None:
         """Take KV memory for these groups: what they can need at most, within the configured bound."""
         config = self.config.engine
-        self.kv_cache = take_kv(self.view, groups, config, self.speculator.kv_block_bytes(config.block_size), self.kv_cache)
+        self.kv_cache = take_kv(
+            self.view, groups, config, self.speculator.kv_block_bytes(config.block_size), self.kv_cache
+        )
         num_blocks = self.kv_cache.num_blocks
         self.runner = ModelRunner(self.view, self.kv_cache)
         self.scheduler = Scheduler(
@@ -150,7 +152,7 @@ class RolloutEngine:
             self.scheduler.add(group)
         self.speculator.wake(sampling, num_blocks, config.block_size)
         parts = (self.scheduler, self.speculator, self.step_cost, sampling, self.stats)
-        if self.captured is not None and self.captured.supports(sampling):
+        if self.captured is not None and self.captured.failure is None and self.captured.supports(sampling):
             longest = max(seq.max_tokens for group in groups for seq in group.sequences)
             self.captured.wake(self.kv_cache, sampling, config.max_num_seqs, longest)
             self.speculator.within = frozenset(self.captured.drafters)

@@ -16,8 +16,8 @@ from atlas_rl.engine.sequence import PromptGroup
 logger = logging.getLogger(__name__)
 
 FREE_SHARE = {"cpu": 0.5, "cuda": 0.85}
-"""Share of the free memory that the KV cache may take when no bound is configured. A GPU's rest is for activations and logits of a
-forward; a CPU's memory is shared with others."""
+"""Share of the free memory that the KV cache may take when no bound is configured. A GPU's rest is for activations and logits; a
+CPU's memory is shared with others."""
 KEPT_SHARE = 0.02
 """Of a GPU's memory: KV memory up to this size is kept between rollouts, with the steps that were captured over it."""
 SMALLER = 0.7
@@ -57,7 +57,7 @@ def take_kv(
 def kv_blocks(
     shape: KVShape, groups: list[PromptGroup], config: EngineConfig, device: torch.device, drafter_block_bytes: int = 0
 ) -> tuple[int, int]:
-    """Blocks that the longest sequence needs, and blocks to allocate: what the groups need at most, or else what the bound allows.
+    """Blocks that the longest sequence needs, and blocks to allocate: what the groups need at most, or what the bound allows.
 
     Raises:
         ValueError: the bound cannot hold the longest sequence.

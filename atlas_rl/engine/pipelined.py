@@ -37,14 +37,22 @@ class PipelinedDecoding(EagerDecoding):
             try:
                 return self._step()
             except CaptureFailed as error:
-                self.speculator.within = frozenset()
-                logger.warning("decode steps are not captured on this machine, decoding is slower: %s", error)
+                self._give_up(str(error))
         self.drain()
         return super().step()
 
     def started(self, sequences: list[Sequence], batch: ForwardBatch | None, places: np.ndarray) -> None:
         if self.steps.failure is None:
-            self.steps.admit(sequences, batch, places)
+            try:
+                self.steps.admit(sequences, batch, places)
+            except Exception as error:  # a drafter is never worth a rollout
+                self._give_up(f"{type(error).__name__}: {error}")
+
+    def _give_up(self, reason: str) -> None:
+        """Decode without captured steps from now on; drafters within them go on as the host's."""
+        logger.warning("decode steps are not captured any more, decoding is slower: %s", reason)
+        self.steps.failure = reason
+        self.speculator.within = frozenset()
 
     def drain(self) -> None:
         if self.in_flight is not None:

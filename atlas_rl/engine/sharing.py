@@ -21,7 +21,7 @@ def spans_of(sequences: Rows[Sequence], block_size: int) -> tuple[np.ndarray, np
     """Spans of rows that share whole blocks of their prompts, if that saves enough.
 
     Returns:
-        [3, P] first row, number of rows, shared tokens of each span, and [R] shared tokens of each row; None: it saves too little.
+        [3, P] first row, number of rows, shared tokens of each span, and [R] shared tokens of each row; None: too little.
     """
     spans, shared_R = [], np.zeros(len(sequences), np.int64)
     first = 0
