@@ -25,6 +25,9 @@ class EngineConfig:
     pack_linears: bool = True
     """On CPU, in float32: pack the Linear weights for few-row products (one extra copy), and run Llama-like layers fused."""
 
+    capture_steps: bool = True
+    """On a GPU: capture decode steps as CUDA graphs and replay them; false launches kernel by kernel."""
+
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_prefill_tokens"):
             if getattr(self, name) < 1:

@@ -8,7 +8,7 @@ from torch import nn
 
 from atlas_kernels import cpu
 from atlas_rl.drafters.eagle_head import EagleHead, rotate
-from atlas_rl.engine.attention import attend, uses_kernels
+from atlas_rl.engine.attention import attend, uses_cpu_kernels
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.linears import PackedLinear
 
@@ -58,7 +58,7 @@ class PagedEagle:
 
     def __call__(self, batch: ForwardBatch, embeds_ND: torch.Tensor, states_ND: torch.Tensor) -> torch.Tensor:
         """Outputs [N, D], before the final norm, of pairs at the batch's positions."""
-        fast = uses_kernels(batch)
+        fast = uses_cpu_kernels(batch)
         input_norm, hidden_norm, post_norm = self.norms
         normed = self.norm(states_ND, hidden_norm, fast)
         residual = normed if self.head.norm_before_residual else states_ND

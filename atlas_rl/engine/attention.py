@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from atlas_kernels import cpu
+from atlas_kernels import cpu, paged_attention, store_kv, uses_triton
 from atlas_rl.engine.batch import ForwardBatch
 
 NAME = "atlas"
@@ -50,7 +50,9 @@ def atlas_attention(
     if unknown or attention_mask is not None or dropout:
         raise NotImplementedError(f"its attention takes {', '.join(unknown) or 'a mask or dropout'}")
     query_NHD, key_NHD, value_NHD = (x[0].transpose(0, 1) for x in (query_1HND, key_1HND, value_1HND))
-    if uses_kernels(atlas) and key_NHD.dtype == torch.float32:
+    if atlas.is_padded or uses_triton(key_NHD):
+        store_kv(key_NHD, value_NHD, atlas.slots_N, atlas.kv_cache.layers[module.layer_idx])
+    elif uses_cpu_kernels(atlas) and key_NHD.dtype == torch.float32:
         cpu.store_kv(key_NHD, value_NHD, atlas.slots_N, atlas.kv_cache.layers[module.layer_idx])
     else:
         atlas.kv_cache.store(module.layer_idx, atlas.token_places, key_NHD, value_NHD)
@@ -58,7 +60,7 @@ def atlas_attention(
     return attend(atlas, module.layer_idx, query_NHD, scaling, sliding_window, softcap).unsqueeze(0), None
 
 
-def uses_kernels(batch: ForwardBatch) -> bool:
+def uses_cpu_kernels(batch: ForwardBatch) -> bool:
     """Whether the compiled CPU kernels take this batch's cache."""
     shape = batch.kv_cache.shape
     on_cpu = batch.positions_N.device.type == "cpu" and shape.dtype == torch.float32
@@ -75,8 +77,12 @@ def attend(
 ) -> torch.Tensor:
     """Attention of a batch's tokens, whose keys and values are stored, over each row's own. Returns [N, H, D]."""
     kv_cache = batch.kv_cache
+    if batch.is_padded or uses_triton(query_NHD):
+        rows = (batch.block_tables_RM, batch.starts_R, batch.query_lens_R)
+        places = {"query_starts_R": batch.query_starts_R, "max_query_len": batch.max_query_len, "shared": batch.shared}
+        return paged_attention(query_NHD, kv_cache.layers[layer], *rows, scaling, sliding_window, softcap, **places)
     queries_per_head = batch.max_query_len * query_NHD.shape[1] // kv_cache.shape.num_kv_heads
-    if queries_per_head <= MAX_PAGED_QUERY and query_NHD.dtype == torch.float32 and uses_kernels(batch):
+    if queries_per_head <= MAX_PAGED_QUERY and query_NHD.dtype == torch.float32 and uses_cpu_kernels(batch):
         rows = (batch.block_tables_RM, batch.starts_R, batch.query_lens_R)
         return cpu.paged_attention(query_NHD, kv_cache.layers[layer], *rows, scaling, sliding_window, softcap)
     keys_RHSD, values_RHSD = kv_cache.gather(layer, batch.piece_places, batch.num_rows)

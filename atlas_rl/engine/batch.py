@@ -13,29 +13,38 @@ from itertools import chain
 import numpy as np
 import torch
 
+from atlas_kernels import SharedPrefixes
 from atlas_rl.engine.kv_cache import KVCache
+
+
+def _nothing() -> np.ndarray:
+    return np.zeros(0, np.int64)
 
 
 @dataclass(kw_only=True)
 class ForwardBatch:
     kv_cache: KVCache
-    input_ids: np.ndarray
-    positions: np.ndarray
-    """[N] tokens and their positions, as the host knows them."""
     input_ids_N: torch.Tensor
     positions_N: torch.Tensor
     slots_N: torch.Tensor
-    """Where each token's key and value go: block * block_size + offset."""
+    """Where each token's key and value go: block * block_size + offset; -1: nowhere, the place is padding."""
     block_tables_RM: torch.Tensor
     """Where each row's keys and values are; block 0 pads."""
     starts_R: torch.Tensor
     query_lens_R: torch.Tensor
     """Position of each row's first token in this forward, and how many tokens it has."""
-    query_lens: np.ndarray
-    """[R] the same for the host."""
+    query_starts_R: torch.Tensor | None = None
+    """Place of each row's first token among the N, where places may be padding; None: rows lie back to back."""
+    shared: SharedPrefixes | None = None
+    """Rows that begin with the same blocks; None: each row reads its own."""
     max_query_len: int
-    num_cached: int
-    """Tokens of all rows that were in the cache before."""
+    num_cached: int = 0
+    """Tokens of all rows that were in the cache before, as far as the host knows."""
+    input_ids: np.ndarray = field(default_factory=_nothing)
+    positions: np.ndarray = field(default_factory=_nothing)
+    """[N] tokens and their positions for the host; a captured step's are known after it only."""
+    query_lens: np.ndarray = field(default_factory=_nothing)
+    """[R] the same."""
     hidden_ND: torch.Tensor | None = None
     """What the forward leaves: last hidden states, after the final norm."""
     tapped: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -92,6 +101,11 @@ class ForwardBatch:
     @property
     def num_tokens(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether places may be padding: then the host knows of no row how many tokens it has."""
+        return self.query_starts_R is not None
 
     @property
     def num_kv_slots(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from atlas_kernels import cpu
+from atlas_kernels import cpu, fused_linear
 
 
 def share(module: nn.Module, **tensors: torch.Tensor | None) -> None:
@@ -66,3 +66,14 @@ class CastLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, self.weight, self.bias)
+
+
+class DeviceLinear(nn.Module):
+    """A Linear on an accelerator by whichever kernel reads its weight fastest: the weight is its source's own."""
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        self.source = source
+
+    def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
+        return fused_linear(x_ND, [self.source.weight], [self.source.bias])

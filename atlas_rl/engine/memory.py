@@ -31,7 +31,7 @@ def kv_blocks(shape: KVShape, groups: list[PromptGroup], config: EngineConfig, d
         shared = len(group.prefix_ids) // shape.block_size
         prefix_blocks += shared
         for seq in group.sequences:
-            num_tokens = len(seq.prompt_ids) + seq.request.max_new_tokens
+            num_tokens = seq.max_tokens
             longest = max(longest, num_tokens)
             own_blocks.append(-(-num_tokens // shape.block_size) - shared)
     longest_blocks = -(-longest // shape.block_size)

@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from atlas_kernels import uses_triton
 from atlas_rl.engine import attention
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.fused_decoder import FusedDecoder
 from atlas_rl.engine.kv_cache import KVShape
-from atlas_rl.engine.linears import CastLinear, PackedLinear, is_linear, share
+from atlas_rl.engine.linears import CastLinear, DeviceLinear, PackedLinear, is_linear, share
 from atlas_rl.engine.twin import (
     UnsupportedModel,
     build_twin,
@@ -81,8 +82,13 @@ class PolicyView:
         """The twin's layers in a form that decodes faster, where there is one."""
         if self.autocast_dtype is not None:
             self._replace(is_linear, lambda linear: CastLinear(linear, self.autocast_dtype))
-        elif pack_linears and self.device.type == "cpu" and self.compute_dtype == torch.float32:
-            self.fused = FusedDecoder.of(self.twin)
+        if uses_triton(weight):
+            with self._autocast():
+                self.fused = FusedDecoder.of(self.twin, self.compute_dtype, on_device=True)
+            if self.fused is not None:
+                self.twin.set_output_embeddings(DeviceLinear(self.twin.get_output_embeddings()))
+        elif pack_linears and self.autocast_dtype is None and self.compute_dtype == torch.float32:
+            self.fused = FusedDecoder.of(self.twin, self.compute_dtype, on_device=False)
             if self.fused is None:
                 self._replace(PackedLinear.fits, PackedLinear)
                 self._replace(FastRMSNorm.fits, FastRMSNorm)
@@ -104,6 +110,20 @@ class PolicyView:
     def kv_shape(self, block_size: int) -> KVShape:
         return kv_shape(self.model, self.compute_dtype, block_size)
 
+    def memory_key(self) -> tuple[int, ...]:
+        """Changes whenever a forward would read other memory: what was captured before is void then."""
+        copies = [
+            t.data_ptr() for module in self._copies() for t in vars(module).values() if isinstance(t, torch.Tensor)
+        ]
+        rotations = [] if self.fused is None else [t.data_ptr() for t in self.fused.rotations]
+        taps = sorted(self.tapped_layers)
+        return (*(p.data_ptr() for p in self.model.parameters()), *copies, *rotations, *taps)
+
+    def prepare_positions(self, num_positions: int) -> None:
+        """Have whatever a forward over so many positions needs: within a captured step nothing can be made."""
+        if self.fused is not None:
+            self.fused.grow_rotations(num_positions)
+
     def refresh(self, force: bool = False) -> bool:
         """Take over the trainer's weights if they have changed; shared tensors need nothing. Returns whether they had."""
         fingerprint = self._fingerprint()
@@ -114,7 +134,7 @@ class PolicyView:
             for linear in self._copies():
                 linear.refresh()
             if self.fused is not None:
-                self.fused.take_norms()
+                self.fused.take_weights()
         return True
 
     @property

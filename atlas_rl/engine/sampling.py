@@ -18,6 +18,9 @@ import torch
 from atlas_kernels import coupled_sample, row_keys
 from atlas_rl.types import SamplingParams
 
+MAX_LOGITS = 2**25
+"""Logits made at once: 128 MiB in float32."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingBatch:

@@ -83,6 +83,22 @@ class Scheduler:
                 preempted.append(self._preempt_last())
         return preempted
 
+    def reserve_ahead(self, num_tokens: int) -> bool:
+        """Give every running sequence room for so many more tokens (as far as it may get), or none any."""
+        block_size, missing = self.pool.block_size, 0
+        wanted = []
+        for seq in self.running:
+            # a completion's last token is never computed
+            end = min(seq.num_computed + num_tokens, seq.max_tokens - 1)
+            if end > len(seq.block_table) * block_size:
+                wanted.append((seq, end))
+                missing += self.pool.blocks_for(end) - len(seq.block_table)
+        if missing > self.pool.num_free:
+            return False
+        for seq, end in wanted:
+            self.pool.grow(seq.block_table, end)
+        return True
+
     def reserve_draft(self, seq: Sequence, num_draft_tokens: int) -> int:
         """Blocks for drafts are taken only from what is free; returns how many draft tokens fit."""
         free_tokens = (len(seq.block_table) + self.pool.num_free) * self.pool.block_size - seq.num_computed - 1

@@ -41,6 +41,11 @@ class Sequence:
         return len(self.request.prompt_ids) + len(self.output_ids)
 
     @property
+    def max_tokens(self) -> int:
+        """Of prompt and completion."""
+        return len(self.request.prompt_ids) + self.request.max_new_tokens
+
+    @property
     def last_token(self) -> int:
         return self.output_ids[-1] if self.output_ids else self.request.prompt_ids[-1]
 

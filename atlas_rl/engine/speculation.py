@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence as Rows
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,6 +34,17 @@ COUNT_EVERY = 16
 """Steps whose drafts are counted together."""
 
 
+@dataclass(slots=True)
+class Plan:
+    """Who drafts in a step, and what comes of it if drafts are as right as their drafters say."""
+
+    arm: Arm = PLAIN
+    sources: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """[R] which of the arm's drafters each row's draft is from."""
+    expected: np.ndarray = field(default_factory=lambda: np.zeros(1))
+    """Accepted tokens that the drafts promise, by drafter of the arm."""
+
+
 class Listener(Protocol):
     """Told of every decode step and of rows that leave, whoever drafts: what collects material for retraining."""
 
@@ -56,12 +68,8 @@ class Speculator:
         self.lookahead = lookahead
         self.vocab_size = view.vocab_size
         self.trust = {name: Trust() for name in self.drafters}
-        self.arm: Arm = PLAIN
-        """Of the current step."""
-        self.sources = np.zeros(0, np.int64)
-        """[R] which of the arm's drafters each row's draft of the current step is from."""
-        self.expected = np.zeros(0)
-        """Accepted tokens that the current step's drafts promise, by drafter of the arm."""
+        self.plan = Plan()
+        """Of the step that is launched, or observed, next."""
         self.num_cached = 0
         """Of the rows of the last step, in all."""
         self.uncounted: list[tuple[Arm, np.ndarray, np.ndarray, np.ndarray]] = []
@@ -154,43 +162,34 @@ class Speculator:
 
     def draft(self, scheduler: Scheduler, stats: RolloutStats) -> list[list[int]]:
         """Draft tokens to verify for each running sequence, with blocks reserved for them."""
-        sequences = scheduler.running
-        nothing: list[list[int]] = [[] for _ in sequences]
-        self.arm, self.expected = PLAIN, np.zeros(1)
+        self.choose(scheduler, stats)
+        return self.propose(scheduler, stats) if self.plan.arm else [[] for _ in scheduler.running]
+
+    def choose(self, scheduler: Scheduler, stats: RolloutStats) -> None:
+        """Decide who drafts in the next step."""
+        self.plan = Plan()
         if not self.drafters:
-            return nothing
-        start = time.perf_counter()
+            return
+        sequences = scheduler.running
         arm = self.controller.choose(len(sequences), self.num_cached)
-        if arm == PLAIN:
-            stats.arms["plain"] += 1
-            return nothing
-        # a row's last token needs no draft after it: K drafts emit up to K + 1 tokens
-        longest = MAX_DRAFT_LEN if self.lookahead is None else self.lookahead
-        max_lens = np.minimum(longest, np.array([seq.num_remaining for seq in sequences]) - 1)
-        num_cached = self.num_cached = sum(seq.num_computed for seq in sequences)
-        self.arm = arm if max_lens.any() else PLAIN
-        stats.arms["+".join(self.arm) or "plain"] += 1
-        if self.arm == PLAIN:
-            return nothing
-        proposals = self._propose(scheduler, max_lens, num_cached)
-        if not proposals:
-            self.arm = PLAIN
-            return nothing
-        drafts = self._combine(proposals)
-        lens = drafts.lens
-        if self.lookahead is None and len(sequences) > FEW_ROWS:
-            lens = choose_draft_lens(drafts.probs, lambda n: self.controller.step_cost.seconds(n, num_cached))
-        chosen = nothing
-        for row in np.flatnonzero(lens).tolist():
-            fitting = scheduler.reserve_draft(sequences[row], int(lens[row]))
-            chosen[row] = drafts.token_ids[row, :fitting].tolist()
-        promised = drafts.probs * (np.arange(drafts.probs.shape[1]) < lens[:, None])
-        if len(self.arm) == 1:
-            self.expected = promised.sum(keepdims=True)[0]
-        else:
-            self.expected = np.bincount(self.sources, weights=promised.sum(1), minlength=len(self.arm))
+        if arm != PLAIN:
+            self.num_cached = sum(seq.num_computed for seq in sequences)
+            if all(seq.num_remaining == 1 for seq in sequences) or self.lookahead == 0:
+                arm = PLAIN  # a row's last token needs no draft after it
+        self.plan.arm = arm
+        stats.arms["+".join(arm) or "plain"] += 1
+
+    @property
+    def wants_hidden(self) -> bool:
+        """Whether anyone looks at the hidden states of a step after it."""
+        return self.listener is not None or bool(self.readers)
+
+    def propose(self, scheduler: Scheduler, stats: RolloutStats) -> list[list[int]]:
+        """The drafts of the arm that was chosen; it leaves the plan where there are none."""
+        start = time.perf_counter()
+        drafts = self._drafts_of(scheduler)
         stats.seconds["draft"] += time.perf_counter() - start
-        return chosen
+        return drafts
 
     def observe(
         self,
@@ -208,19 +207,19 @@ class Speculator:
             self._call(drafter, "verified", sequences, batch, num_right)
         self._tell("verified", sequences, batch, num_right)
         self.num_cached = batch.num_cached
-        if self.arm == PLAIN:
+        if self.plan.arm == PLAIN:
             self.behind.update(self.drafters)
             stats.seconds["draft"] += time.perf_counter() - start
             return
         drafted, accepted = batch.query_lens - 1, np.array(num_accepted, np.int64)
-        if self.arm and drafted.any():
+        if self.plan.arm and drafted.any():
             self._trust(drafted, accepted)
-            self.uncounted.append((self.arm, self.sources, drafted, accepted))
+            self.uncounted.append((self.plan.arm, self.plan.sources, drafted, accepted))
             if len(self.uncounted) >= COUNT_EVERY:
                 self._count(stats)
         for drafter in self.active:
-            if drafter.name in self.arm:
-                mine = 1 if len(self.arm) == 1 else self.sources == self.arm.index(drafter.name)
+            if drafter.name in self.plan.arm:
+                mine = 1 if len(self.plan.arm) == 1 else self.plan.sources == self.plan.arm.index(drafter.name)
                 self._call(drafter, "observe", sequences, drafted * mine, accepted * mine)
             else:  # told in one go, before it is asked again
                 self.behind.add(drafter.name)
@@ -233,16 +232,43 @@ class Speculator:
         what single steps emit.
         """
         if self.drafters:
-            kept = sum(self.trust[name].factor * e for name, e in zip(self.arm, self.expected.tolist()))
-            self.controller.record(self.arm, num_rows, seconds, 1 + kept / num_rows)
+            kept = sum(self.trust[name].factor * e for name, e in zip(self.plan.arm, self.plan.expected.tolist()))
+            self.controller.record(self.plan.arm, num_rows, seconds, 1 + kept / num_rows)
 
     # ---- parts of a step -------------------------------------------------------------------------------------------------
+
+    def _drafts_of(self, scheduler: Scheduler) -> list[list[int]]:
+        """Drafts of the plan's arm, with blocks reserved for them; an arm that proposes nothing leaves the plan."""
+        sequences, plan = scheduler.running, self.plan
+        # a row's last token needs no draft after it: K drafts emit up to K + 1 tokens
+        longest = MAX_DRAFT_LEN if self.lookahead is None else self.lookahead
+        max_lens = np.minimum(longest, np.array([seq.num_remaining for seq in sequences]) - 1)
+        chosen: list[list[int]] = [[] for _ in sequences]
+        proposals = self._propose(scheduler, max_lens, self.num_cached)
+        if not proposals:
+            plan.arm = PLAIN
+            return chosen
+        drafts = self._combine(proposals)
+        lens = drafts.lens
+        if self.lookahead is None and len(sequences) > FEW_ROWS:
+            lens = choose_draft_lens(drafts.probs, lambda n: self.controller.step_cost.seconds(n, self.num_cached))
+        for row in np.flatnonzero(lens).tolist():
+            fitting = scheduler.reserve_draft(sequences[row], int(lens[row]))
+            chosen[row] = drafts.token_ids[row, :fitting].tolist()
+        promised = drafts.probs * (np.arange(drafts.probs.shape[1]) < lens[:, None])
+        if len(plan.arm) == 1:
+            plan.expected = promised.sum(keepdims=True)[0]
+        else:
+            plan.expected = np.bincount(plan.sources, weights=promised.sum(1), minlength=len(plan.arm))
+        return chosen
 
     def _propose(self, scheduler: Scheduler, max_lens: np.ndarray, num_cached: int) -> list[Drafts]:
         """The arm's drafts; a drafter that fails leaves the arm."""
         sequences, proposals, names = scheduler.running, [], []
-        min_prob = self.controller.min_prob(self.arm, len(sequences), num_cached) if self.lookahead is None else 0.0
-        for name in self.arm:
+        min_prob = (
+            self.controller.min_prob(self.plan.arm, len(sequences), num_cached) if self.lookahead is None else 0.0
+        )
+        for name in self.plan.arm:
             drafter, start, wanted = self.drafters[name], time.perf_counter(), max_lens
             if drafter.uses_blocks:
                 wanted = np.array([scheduler.reserve_draft(s, n) for s, n in zip(sequences, max_lens.tolist())])
@@ -257,31 +283,31 @@ class Speculator:
                 names.append(name)
                 depth = int((drafts.probs > 0).any(0).sum())
                 self.controller.record_draft_seconds(name, len(sequences), max(1, depth), time.perf_counter() - start)
-        self.arm = tuple(names)
+        self.plan.arm = tuple(names)
         return proposals
 
     def _combine(self, proposals: list[Drafts]) -> Drafts:
         """For each row the draft that promises most, as far as its drafter is to be trusted."""
-        trusted = [p.probs * self.trust[name].factor for name, p in zip(self.arm, proposals, strict=True)]
+        trusted = [p.probs * self.trust[name].factor for name, p in zip(self.plan.arm, proposals, strict=True)]
         if len(proposals) == 1:
-            self.sources = np.zeros(len(trusted[0]), np.int64)
+            self.plan.sources = np.zeros(len(trusted[0]), np.int64)
             return Drafts(proposals[0].token_ids, trusted[0])
-        self.sources = np.argmax([probs.sum(1) for probs in trusted], axis=0)
+        self.plan.sources = np.argmax([probs.sum(1) for probs in trusted], axis=0)
         width = max(probs.shape[1] for probs in trusted)
         padding = [((0, 0), (0, width - probs.shape[1])) for probs in trusted]
-        rows = np.arange(len(self.sources))
+        rows = np.arange(len(self.plan.sources))
         tokens = np.stack([np.pad(p.token_ids, pad) for p, pad in zip(proposals, padding, strict=True)])
         probs = np.stack([np.pad(p, pad) for p, pad in zip(trusted, padding, strict=True)])
-        return Drafts(tokens[self.sources, rows], probs[self.sources, rows])
+        return Drafts(tokens[self.plan.sources, rows], probs[self.plan.sources, rows])
 
     def _trust(self, drafted: np.ndarray, accepted: np.ndarray) -> None:
         """Compare what drafters promised with what was accepted."""
-        for index, name in enumerate(self.arm):
-            trust, promised = self.trust[name], float(self.expected[index])
+        for index, name in enumerate(self.plan.arm):
+            trust, promised = self.trust[name], float(self.plan.expected[index])
             if not promised:
                 trust.idle()
                 continue
-            mine = accepted if len(self.arm) == 1 else accepted[self.sources == index]
+            mine = accepted if len(self.plan.arm) == 1 else accepted[self.plan.sources == index]
             trust.record(int(mine.sum()), promised / trust.factor)  # it was discounted already
 
     def _count(self, stats: RolloutStats) -> None:

@@ -51,6 +51,8 @@ class RolloutStats:
     completion_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """`total` and its parts: prefill, draft, verify, sample, refresh, retrain."""
+    device_seconds: float = 0.0
+    """That captured decode steps took on the device; the rest of their time it waited for the host."""
     decode_steps: int = 0
     row_steps: int = 0
     """Sum over decode steps of the rows that took part."""
@@ -92,6 +94,7 @@ class RolloutStats:
                 mine.steps += counts.steps
                 mine.proposed += counts.proposed
                 mine.accepted += counts.accepted
+            result.device_seconds += part.device_seconds
             result.kv_peak_bytes = max(result.kv_peak_bytes, part.kv_peak_bytes)
             result.arms += part.arms
             result.draft_vocabulary = part.draft_vocabulary or result.draft_vocabulary
@@ -124,6 +127,8 @@ class RolloutStats:
             "preemptions": self.preemptions,
             "kv_peak_bytes": self.kv_peak_bytes,
         }
+        if self.device_seconds:
+            row["device_seconds"] = round(self.device_seconds, 6)
         if total > 0 and self.completion_tokens:
             row["tokens_per_s"] = self.completion_tokens / total
         if self.row_steps:

@@ -11,17 +11,25 @@ from importlib import import_module
 import torch
 
 from atlas_kernels import cpu, reference
-from atlas_kernels.reference import row_keys
+from atlas_kernels.reference import SharedPrefixes, StepInputs, row_keys
 
 __all__ = [
+    "SharedPrefixes",
+    "StepInputs",
     "coupled_sample",
     "cpu",
+    "device_row_keys",
+    "finish_step",
     "fused_linear",
     "gumbel_noise",
     "noise_bits",
+    "paged_attention",
+    "prepare_step",
     "rms_norm",
+    "rope_and_store",
     "row_keys",
     "silu_mul",
+    "store_kv",
     "uses_triton",
 ]
 
@@ -39,13 +47,81 @@ def gumbel_noise(keys_2N: torch.Tensor, vocab_size: int, dtype: torch.dtype = to
 
 
 def coupled_sample(
-    logits_NV: torch.Tensor, keys_2N: torch.Tensor | None, temperature: float
+    logits_NV: torch.Tensor,
+    keys_2N: torch.Tensor | None,
+    temperature: float,
+    *,
+    thresholds_N: torch.Tensor | None = None,
+    forbidden: tuple[torch.Tensor, torch.Tensor] | None = None,
+    token_ids_V: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw a token per row of logits, with its log-prob; see `reference.coupled_sample`."""
-    on_cpu = not logits_NV.is_cuda and logits_NV.dtype == torch.float32
-    if on_cpu and logits_NV.is_contiguous() and cpu.unavailable_reason() is None:
+    options = {"thresholds_N": thresholds_N, "forbidden": forbidden, "token_ids_V": token_ids_V}
+    if logits_NV.dtype == torch.float64:  # no kernel of its own: only law tests sample in float64
+        return reference.coupled_sample(logits_NV, keys_2N, temperature, **options)
+    is_plain = (
+        logits_NV.dtype == torch.float32 and logits_NV.is_contiguous() and all(o is None for o in options.values())
+    )
+    if is_plain and not uses_triton(logits_NV) and cpu.unavailable_reason() is None:
         return cpu.coupled_sample(logits_NV, keys_2N, temperature)
-    return reference.coupled_sample(logits_NV, keys_2N, temperature)
+    return _module("sampling", logits_NV).coupled_sample(logits_NV, keys_2N, temperature, **options)
+
+
+def device_row_keys(seeds_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+    """`row_keys` of seeds and positions that are on the device; see `reference.device_row_keys`."""
+    return _module("steps", seeds_N).device_row_keys(seeds_N, positions_N)
+
+
+def prepare_step(
+    slots_R: torch.Tensor,
+    last_tokens_S: torch.Tensor,
+    starts_S: torch.Tensor,
+    remaining_S: torch.Tensor,
+    seeds_S: torch.Tensor,
+    prompt_lens_S: torch.Tensor,
+    tables_SM: torch.Tensor,
+    drafts_RK: torch.Tensor,
+    draft_lens_R: torch.Tensor | None,
+    block_size: int,
+) -> StepInputs:
+    """The inputs of a captured decode step; see `reference.prepare_step`."""
+    return _module("steps", slots_R).prepare_step(
+        slots_R,
+        last_tokens_S,
+        starts_S,
+        remaining_S,
+        seeds_S,
+        prompt_lens_S,
+        tables_SM,
+        drafts_RK,
+        draft_lens_R,
+        block_size,
+    )
+
+
+def finish_step(
+    slots_R: torch.Tensor,
+    input_ids_N: torch.Tensor,
+    tokens_N: torch.Tensor,
+    logprobs_N: torch.Tensor,
+    query_lens_R: torch.Tensor,
+    stop_ids_E: torch.Tensor,
+    last_tokens_S: torch.Tensor,
+    starts_S: torch.Tensor,
+    remaining_S: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Count right draft tokens and advance the rows' state in place; see `reference.finish_step`."""
+    return _module("steps", slots_R).finish_step(
+        slots_R,
+        input_ids_N,
+        tokens_N,
+        logprobs_N,
+        query_lens_R,
+        stop_ids_E,
+        last_tokens_S,
+        starts_S,
+        remaining_S,
+    )
 
 
 def fused_linear(
@@ -58,7 +134,7 @@ def fused_linear(
     residual_NO: torch.Tensor | None = None,
     gated: bool = False,
 ) -> torch.Tensor:
-    """One to three Linears of one input with norm, gate and residual; see `reference.fused_linear`."""
+    """One to three Linears over one input, with norm, gate or residual; see `reference.fused_linear`."""
     options = {"norm_D": norm_D, "eps": eps, "residual_NO": residual_NO, "gated": gated}
     return _module("linears", x_ND).fused_linear(x_ND, weights, biases, **options)
 
@@ -71,6 +147,57 @@ def rms_norm(x_ND: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Te
 def silu_mul(gate_up_NI: torch.Tensor) -> torch.Tensor:
     """silu(gate) · up of the two halves of each row; see `reference.silu_mul`."""
     return _module("linears", gate_up_NI).silu_mul(gate_up_NI)
+
+
+def store_kv(key_NHD: torch.Tensor, value_NHD: torch.Tensor, slots_N: torch.Tensor, kv_2BHSD: torch.Tensor) -> None:
+    """Put one key and value per token into one layer of the cache; see `reference.store_kv`."""
+    _module("rotary", key_NHD).store_kv(key_NHD, value_NHD, slots_N, kv_2BHSD)
+
+
+def rope_and_store(
+    qkv_ND: torch.Tensor,
+    query_norm: torch.Tensor | None,
+    key_norm: torch.Tensor | None,
+    eps: float,
+    cos_PD: torch.Tensor,
+    sin_PD: torch.Tensor,
+    positions_N: torch.Tensor,
+    slots_N: torch.Tensor,
+    kv_2BHSD: torch.Tensor,
+) -> torch.Tensor:
+    """Norm and rotate queries and keys, store keys and values, return the queries; see `reference.rope_and_store`."""
+    places = (cos_PD, sin_PD, positions_N, slots_N, kv_2BHSD)
+    return _module("rotary", qkv_ND).rope_and_store(qkv_ND, query_norm, key_norm, eps, *places)
+
+
+def paged_attention(
+    query_NHD: torch.Tensor,
+    kv_2BHSD: torch.Tensor,
+    block_tables_RM: torch.Tensor,
+    starts_R: torch.Tensor,
+    query_lens_R: torch.Tensor,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    *,
+    query_starts_R: torch.Tensor | None = None,
+    max_query_len: int | None = None,
+    shared: SharedPrefixes | None = None,
+) -> torch.Tensor:
+    """Causal attention of each row's tokens over the row's own blocks; see `reference.paged_attention`."""
+    return _module("attention", query_NHD).paged_attention(
+        query_NHD,
+        kv_2BHSD,
+        block_tables_RM,
+        starts_R,
+        query_lens_R,
+        scaling,
+        sliding_window,
+        softcap,
+        query_starts_R=query_starts_R,
+        max_query_len=max_query_len,
+        shared=shared,
+    )
 
 
 triton_everywhere = False

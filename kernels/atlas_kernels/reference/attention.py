@@ -1,19 +1,37 @@
 """Attention over a paged KV cache.
 
-Shapes: N tokens of R rows back to back, M blocks of a row; a layer of the cache is [2, blocks, KV heads, S, D], keys and values,
-of blocks of S slots. A slot is block * S + offset.
+Shapes: N tokens of R rows, M blocks of a row, P spans of tokens; a layer of the cache is [2, blocks, KV heads, S, D], keys and
+values, of blocks of S slots. A slot is block * S + offset.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 
+class SharedPrefixes(NamedTuple):
+    """Spans of neighbouring tokens, such as those of a prompt's samples, whose rows all begin with the same blocks.
+
+    Span p covers query_lens_P[p] places (0: unused) from query_starts_P[p] on; its blocks are those of row rows_P[p]. Row r shares
+    its first num_shared_R[r] tokens: whole blocks, before starts_R[r], as many as the other rows of its span; 0: it is in none.
+    """
+
+    query_starts_P: torch.Tensor
+    query_lens_P: torch.Tensor
+    rows_P: torch.Tensor
+    num_shared_R: torch.Tensor
+    max_query_len: int
+    """At least each of query_lens_P; the host's."""
+
+
 def store_kv(key_NHD: torch.Tensor, value_NHD: torch.Tensor, slots_N: torch.Tensor, kv_2BHSD: torch.Tensor) -> None:
-    """Put one key and value per token into one layer of the cache."""
-    block_N, offset_N = slots_N // kv_2BHSD.shape[3], slots_N % kv_2BHSD.shape[3]
-    kv_2BHSD[0, block_N, :, offset_N] = key_NHD
-    kv_2BHSD[1, block_N, :, offset_N] = value_NHD
+    """Put one key and value per token into one layer of the cache; none where the slot is negative."""
+    kept_N = slots_N >= 0
+    block_N, offset_N = slots_N[kept_N] // kv_2BHSD.shape[3], slots_N[kept_N] % kv_2BHSD.shape[3]
+    kv_2BHSD[0, block_N, :, offset_N] = key_NHD[kept_N].to(kv_2BHSD.dtype)
+    kv_2BHSD[1, block_N, :, offset_N] = value_NHD[kept_N].to(kv_2BHSD.dtype)
 
 
 def paged_attention(
@@ -25,26 +43,37 @@ def paged_attention(
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    *,
+    query_starts_R: torch.Tensor | None = None,
+    max_query_len: int | None = None,
+    shared: SharedPrefixes | None = None,
 ) -> torch.Tensor:
     """Causal attention of each row's tokens over the row's own keys and values, which include those tokens'.
 
     Args:
-        query_NHD: [N, heads, D], the tokens of R rows back to back, query_lens_R each; row r's sit at positions starts_R[r], ….
+        query_NHD: [N, heads, D], cast to the cache's dtype. Row r has query_lens_R[r] of the N tokens (0: it is padding), from place
+            query_starts_R[r] on (ascending from 0; None: back to back), at positions starts_R[r], ….
         kv_2BHSD: one layer of the cache, [2, blocks, KV heads, S, D]. block_tables_RM: [R, M] int64 blocks of each row.
         sliding_window: a token sees itself and this many less one before it. softcap: scores become c · tanh(score / c).
+        max_query_len: at least each of query_lens_R, at most N (None: N). shared: what rows have in common, not with a window.
+            Neither changes the result: kernels read less.
     Returns:
-        [N, heads, D].
+        [N, heads, D] in the query's dtype, zeros at places of no row.
     """
-    outputs, token = [], 0
+    assert not (shared and sliding_window)
+    output_NHD = torch.zeros_like(query_NHD)
+    if query_starts_R is None:
+        query_starts_R = query_lens_R.cumsum(0) - query_lens_R
     groups = query_NHD.shape[1] // kv_2BHSD.shape[2]
-    for blocks_M, start, length in zip(block_tables_RM, starts_R.tolist(), query_lens_R.tolist(), strict=True):
+    rows = zip(block_tables_RM, starts_R.tolist(), query_starts_R.tolist(), query_lens_R.tolist(), strict=True)
+    for blocks_M, start, first, length in rows:
         keys, values = kv_2BHSD[:, blocks_M].transpose(1, 2).flatten(2, 3).repeat_interleave(groups, 1).unbind(0)
-        query_HQD = query_NHD[token : token + length].transpose(0, 1)
-        token += length
+        query_HQD = query_NHD[first : first + length].transpose(0, 1).to(keys.dtype)
         scores = query_HQD @ keys.transpose(1, 2) * scaling
         if softcap:
             scores = torch.tanh(scores / softcap) * softcap
         distance = torch.arange(start, start + length)[:, None] - torch.arange(keys.shape[1])
         hidden = (distance < 0) | (distance >= (sliding_window or keys.shape[1]))
-        outputs.append((scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values).transpose(0, 1))
-    return torch.cat(outputs)
+        attended_HQD = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values
+        output_NHD[first : first + length] = attended_HQD.transpose(0, 1).to(output_NHD.dtype)
+    return output_NHD

@@ -72,9 +72,10 @@ def rope_and_store(
     Args:
         qkv_ND: [N, (heads + 2 KV heads) · D], queries, keys, values side by side; may be overwritten.
         cos_PD, sin_PD: [positions, D / 2], of the half-split rotation.
-        slots_N: block · S + offset of each token's place in kv_2BHSD, one layer of the cache [2, blocks, KV heads, S, D].
+        slots_N: block · S + offset of each token's place in kv_2BHSD, one layer of the cache [2, blocks, KV heads, S, D];
+            negative: its key and value are not stored.
     Returns:
-        The queries [N, heads, D].
+        The queries [N, heads, D] in qkv's dtype.
     """
     num_kv_heads, head_dim = kv_2BHSD.shape[2], kv_2BHSD.shape[4]
     heads_NHD = qkv_ND.view(len(qkv_ND), -1, head_dim)
@@ -85,7 +86,7 @@ def rope_and_store(
     def rotated(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         x = x if weight is None else rms_norm(x, weight, eps)
         a, b = x.chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
     store_kv(rotated(key, key_norm), value, slots_N, kv_2BHSD)
     return rotated(query, query_norm)

@@ -38,9 +38,12 @@ def noise_bits(keys_2N: torch.Tensor, vocab_size: int) -> torch.Tensor:
     Returns:
         [N, V] int32, in 0 … 2^31 - 1.
     """
+    return _bits_of(keys_2N, torch.arange(vocab_size, dtype=torch.int32, device=keys_2N.device))
+
+
+def _bits_of(keys_2N: torch.Tensor, token_ids_V: torch.Tensor) -> torch.Tensor:
     offset, stride = keys_2N
-    token = torch.arange(vocab_size, dtype=torch.int32, device=keys_2N.device)
-    x = (token * stride[:, None]).add_(offset[:, None])
+    x = (token_ids_V * stride[:, None]).add_(offset[:, None])
     shifted = x >> 16
     x.bitwise_xor_(shifted.bitwise_and_(0xFFFF)).mul_(HASH_A)  # int32's >> is arithmetic: the mask makes it logical
     torch.bitwise_right_shift(x, 15, out=shifted)
@@ -50,17 +53,24 @@ def noise_bits(keys_2N: torch.Tensor, vocab_size: int) -> torch.Tensor:
     return x.bitwise_right_shift_(1).bitwise_and_(0x7FFFFFFF)
 
 
-def gumbel_noise(keys_2N: torch.Tensor, vocab_size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def gumbel_noise(
+    keys_2N: torch.Tensor,
+    vocab_size: int,
+    dtype: torch.dtype = torch.float32,
+    token_ids_V: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Standard Gumbel noise g = -log(-log(1 - v)), v = (bits + 1/2) / 2^31, per (seed, position, token id).
 
     `log1p` keeps the resolution where it matters: a large g comes from a small v, and 2^-32 is the smallest.
 
     Args:
         keys_2N: [2, N] int32 of `row_keys`. dtype: float32, or float64.
+        token_ids_V: the token ids that the columns stand for; None: each for its own index.
     Returns:
         [N, V] of dtype, between MIN_GUMBEL and MAX_GUMBEL.
     """
-    v = noise_bits(keys_2N, vocab_size).float().add_(0.5).mul_(2.0**-31).clamp_(max=MAX_UNIFORM)
+    bits_NV = noise_bits(keys_2N, vocab_size) if token_ids_V is None else _bits_of(keys_2N, token_ids_V.int())
+    v = bits_NV.float().add_(0.5).mul_(2.0**-31).clamp_(max=MAX_UNIFORM)
     return v.to(dtype).neg_().log1p_().neg_().log_().neg_()  # v is float32 in either dtype: near 1 its rounding shows
 
 

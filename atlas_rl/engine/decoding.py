@@ -1,0 +1,163 @@
+"""Decode steps: draft, verify, sample, commit.
+
+`Decoding` holds what both ways have in common. `EagerDecoding` does one step after the other; `pipelined` launches captured
+steps and looks at what they emitted while the next one runs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import torch
+
+from atlas_rl.control.cost_model import StepCost
+from atlas_rl.engine.batch import ForwardBatch
+from atlas_rl.engine.runner import ModelRunner
+from atlas_rl.engine.sampling import MAX_LOGITS, SamplingBatch, count_accepted, sample, seen_tokens
+from atlas_rl.engine.scheduler import Scheduler
+from atlas_rl.engine.sequence import Sequence
+from atlas_rl.engine.speculation import Speculator
+from atlas_rl.telemetry.stats import RolloutStats
+from atlas_rl.types import SamplingParams
+
+
+class Decoding:
+    """The decode steps of one rollout."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        speculator: Speculator,
+        step_cost: StepCost,
+        sampling: SamplingParams,
+        stats: RolloutStats,
+    ) -> None:
+        self.scheduler = scheduler
+        self.speculator = speculator
+        self.step_cost = step_cost
+        self.sampling = sampling
+        self.stats = stats
+        self.plain_seconds = 0.0
+        """Estimate: the rollout's decode steps as they would have been without drafts."""
+
+    def step(self) -> None:
+        """Every running sequence gets at least one more token, or is preempted."""
+        raise NotImplementedError
+
+    def drain(self) -> None:
+        """Have no step in flight: what rows have emitted is known."""
+
+    def _commit(
+        self,
+        sequences: list[Sequence],
+        num_places: np.ndarray,
+        tokens: np.ndarray,
+        logprobs: np.ndarray,
+        accepted: np.ndarray,
+    ) -> tuple[list[Sequence], list[int]]:
+        """Append what each row emitted, cut after its EOS; returns finished sequences and accepted drafts per row.
+
+        Args:
+            num_places: [R] of each row among the tokens and log-probs [N].
+        """
+        stopping_ids = self.sampling.stopping_ids
+        token_list, logprob_list = tokens.tolist(), logprobs.tolist()
+        finished, num_accepted, place = [], [], 0
+        all_finite = np.isfinite(logprobs).all()
+        for seq, width, num_right in zip(sequences, num_places.tolist(), accepted.tolist(), strict=True):
+            emitted = slice(place, place + num_right + 1)
+            place += width
+            if not (all_finite or all(map(math.isfinite, logprob_list[emitted]))):
+                raise FloatingPointError(
+                    f"the policy's logits are NaN or infinite after token {seq.num_tokens} of completion {seq.index}: its "
+                    "weights have diverged. Lower the learning rate or clip gradients, and resume from the last good checkpoint"
+                )
+            taken = seq.append(token_list[emitted], logprob_list[emitted], stopping_ids)
+            num_accepted.append(min(num_right, taken))
+            if seq.finish_reason is not None:
+                finished.append(seq)
+        return finished, num_accepted
+
+    def _retire(self, finished: list[Sequence]) -> None:
+        self.speculator.release(finished, finished=True)
+        self.scheduler.retire(finished)
+
+    def _record(
+        self, num_rows: int, num_tokens: int, num_cached: int, num_emitted: int, seconds: float, drafting: float
+    ) -> None:
+        """Count a decode step, and what plain decoding would have taken to emit as much: as many steps as rows emitted tokens
+        on average, each as much shorter as measured steps over as many tokens as rows are than steps over the batch's."""
+        stats = self.stats
+        stats.decode_steps += 1
+        stats.row_steps += num_rows
+        if stats.decode_steps > 1:  # the first step of a rollout runs on cold caches, after a training step
+            self.step_cost.record(num_tokens, num_cached, seconds)
+        scale = 1.0
+        estimates = self.step_cost.seconds(np.array([num_rows, num_tokens]), num_cached)
+        if num_tokens > num_rows and estimates is not None:
+            scale = min(1.0, estimates[0] / estimates[1])
+        self.plain_seconds += seconds * scale * num_emitted / num_rows
+        self.speculator.settle(num_rows, seconds + drafting)
+
+
+class EagerDecoding(Decoding):
+    """A step at a time, call by call."""
+
+    def __init__(self, runner: ModelRunner, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.runner = runner
+        self.view = runner.view
+
+    def step(self) -> None:
+        stats, speculator = self.stats, self.speculator
+        start, drafting_before = time.perf_counter(), stats.seconds["draft"]
+        speculator.release(self.scheduler.reserve(), finished=False)
+        sequences = self.scheduler.running
+        if not sequences:  # a lone sequence made room for prefills in flight
+            return
+        drafts = speculator.draft(self.scheduler, stats)
+
+        drafted = time.perf_counter()
+        batch, hidden_ND = self.runner.verify(sequences, drafts)
+        verified = time.perf_counter()
+        tokens, logprobs = self._sample(sequences, batch, hidden_ND)
+        accepted = count_accepted(tokens, batch.input_ids, batch.query_lens)
+        finished, num_accepted = self._commit(sequences, batch.query_lens, tokens, logprobs, accepted)
+        sampled = time.perf_counter()
+        speculator.observe(sequences, batch, accepted, num_accepted, stats)
+        self._retire(finished)
+
+        stats.seconds["verify"] += verified - drafted
+        stats.seconds["sample"] += sampled - verified
+        drafting = stats.seconds["draft"] - drafting_before
+        num_emitted = len(sequences) + sum(num_accepted)
+        seconds = time.perf_counter() - start - drafting
+        self._record(batch.num_rows, batch.num_tokens, batch.num_cached, num_emitted, seconds, drafting)
+
+    def _sample(
+        self, sequences: list[Sequence], batch: ForwardBatch, hidden_ND: torch.Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Token and log-prob after each of the batch's N places, in slices of rows that bound the logits' memory."""
+        places = self._sampling_batch(sequences, batch)
+        num_rows = max(1, MAX_LOGITS // self.view.vocab_size)
+        drawn = [
+            sample(self.view.logits(hidden_ND[i : i + num_rows]), places.rows(slice(i, i + num_rows)))
+            for i in range(0, len(hidden_ND), num_rows)
+        ]
+        tokens_N, logprobs_N = drawn[0] if len(drawn) == 1 else (torch.cat(part) for part in zip(*drawn, strict=True))
+        # one copy to the host: float64 holds every token id and every log-prob exactly
+        tokens, logprobs = torch.stack([tokens_N.double(), logprobs_N.double()]).cpu().numpy()
+        return tokens.astype(np.int64), logprobs
+
+    def _sampling_batch(self, sequences: list[Sequence], batch: ForwardBatch) -> SamplingBatch:
+        """Seeds and completion positions of every place in the batch."""
+        num_rows, lens, device = len(sequences), batch.query_lens, batch.input_ids_N.device
+        seeds = np.repeat(np.fromiter((seq.request.seed for seq in sequences), np.int64, num_rows), lens)
+        # the token after position p is completion token p + 1 - prompt_len
+        shift = np.repeat(np.fromiter((len(seq.prompt_ids) - 1 for seq in sequences), np.int64, num_rows), lens)
+        seen_NV = None
+        if self.sampling.repetition_penalty != 1:
+            seen_NV = seen_tokens(torch.stack([seq.seen_V for seq in sequences]), lens, batch.input_ids_N)
+        return SamplingBatch.of(self.sampling, seeds, batch.positions - shift, device, seen_NV)

@@ -1,0 +1,127 @@
+"""Decoding by captured steps, of which the next one is launched before it is known what the last one emitted.
+
+The device goes on from its own state (`decode_state`), so that it does not wait for the host; the host learns of a row's end one
+step late, and that step does nothing for the row. Drafts that are the host's to make need the tokens before them: then a step is
+waited for.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import numpy as np
+
+from atlas_rl.engine.captured import CapturedSteps, CaptureFailed, InFlight
+from atlas_rl.engine.decoding import EagerDecoding
+from atlas_rl.engine.sequence import Sequence
+from atlas_rl.engine.speculation import Plan
+
+logger = logging.getLogger(__name__)
+
+
+class PipelinedDecoding(EagerDecoding):
+    """Falls back to eager steps, with one warning, where steps cannot be captured."""
+
+    def __init__(self, steps: CapturedSteps, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.steps = steps
+        self.in_flight: InFlight | None = None
+        self.last_done = 0.0
+        """When the last step was known to be done."""
+
+    def step(self) -> None:
+        if self.steps.failure is None:
+            try:
+                return self._step()
+            except CaptureFailed as error:
+                logger.warning("decode steps are not captured on this machine, decoding is slower: %s", error)
+        self.drain()
+        return super().step()
+
+    def drain(self) -> None:
+        if self.in_flight is not None:
+            step, self.in_flight = self.in_flight, None
+            self._collect(step)
+
+    def _step(self) -> None:
+        speculator = self.speculator
+        if self.in_flight is not None and all(seq.num_remaining <= 1 for seq in self.scheduler.running):
+            return self.drain()  # the step in flight is the last one
+        speculator.choose(self.scheduler, self.stats)
+        num_drafts = self._drafts_within()
+        if num_drafts is None:  # drafts are the host's to make
+            self.drain()
+            return self._draft_and_verify()
+        num_ahead = self.in_flight.num_places if self.in_flight else 0
+        if not self.scheduler.reserve_ahead(num_ahead + 1 + num_drafts):
+            self.drain()
+            self._leave(self.scheduler.reserve(), finished=False)
+            num_drafts, speculator.plan = 0, Plan()
+        if not self.scheduler.running:
+            return None
+        step = self._launch(num_drafts)
+        self.drain()
+        self.in_flight = step
+        return None
+
+    def _drafts_within(self) -> int | None:
+        """Draft tokens per row that the step makes itself; None: its arm's drafts are the host's to make."""
+        return None if self.speculator.plan.arm else 0
+
+    def _draft_and_verify(self) -> None:
+        start, before = time.perf_counter(), self.stats.seconds["draft"]
+        self._leave(self.scheduler.reserve(), finished=False)
+        if not self.scheduler.running:
+            return
+        drafts = self.speculator.propose(self.scheduler, self.stats)
+        longest = max(map(len, drafts))
+        step = self._launch(longest and 1 << (longest - 1).bit_length(), drafts)  # few lengths to capture
+        step.launched = start
+        step.drafting = self.stats.seconds["draft"] - before
+        self._collect(step)
+
+    def _launch(self, num_drafts: int, drafts: list[list[int]] | None = None) -> InFlight:
+        start = time.perf_counter()
+        speculator = self.speculator
+        drafter = speculator.plan.arm[0] if num_drafts and drafts is None else ""
+        step = self.steps.launch(
+            self.scheduler.running, num_drafts, drafter=drafter, drafts=drafts, keep_hidden=speculator.wants_hidden
+        )
+        step.plan, step.launched = speculator.plan, start
+        return step
+
+    def _collect(self, step: InFlight) -> None:
+        """Wait for a step and commit what it emitted."""
+        emitted = self.steps.collect(step)
+        speculator, stats = self.speculator, self.stats
+        stats.device_seconds += step.watch.seconds()
+        sequences = [step.sequences[row] for row in emitted.rows.tolist()]
+        if not sequences:
+            return
+        drafting_before = stats.seconds["draft"]
+        batch = self.steps.batch_of(step, sequences, emitted)
+        places = np.full(len(sequences), step.num_places)
+        outputs = (emitted.tokens_RQ.ravel(), emitted.logprobs_RQ.ravel(), emitted.num_right)
+        finished, num_accepted = self._commit(sequences, places, *outputs)
+        speculator.plan = step.plan
+        speculator.observe(sequences, batch, emitted.num_right, num_accepted, stats)
+        self._leave(finished, finished=True)
+
+        drafting = step.drafting + stats.seconds["draft"] - drafting_before
+        done = time.perf_counter()
+        # where the device did not wait for the host, a step takes what lies between two of them
+        seconds = done - max(self.last_done, step.launched) - drafting
+        self.last_done = done
+        stats.seconds["verify"] += seconds
+        num_rows = len(sequences)
+        num_emitted = num_rows + sum(num_accepted)
+        self._record(num_rows, num_rows * step.num_places, batch.num_cached, num_emitted, seconds, drafting)
+
+    def _leave(self, sequences: list[Sequence], finished: bool) -> None:
+        self.steps.state.release(sequences)
+        if finished:
+            self._retire(sequences)
+        else:
+            self.speculator.release(sequences, finished=False)

@@ -1,0 +1,189 @@
+"""Attention over a paged KV cache, for a few tokens of many rows (decoding) as for many of a few (prefill).
+
+Shapes: N tokens of R rows, M blocks of a row; H heads of D features; a layer of the cache is [2, blocks, KV heads, S, D].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from atlas_kernels.attention_kernels import attention_kernel, combine_kernel
+from atlas_kernels.launching import INTERPRETED, num_multiprocessors
+from atlas_kernels.reference import SharedPrefixes
+
+TILE_BYTES = 16384
+"""Of keys, and again of values: three programs' double buffers fit a multiprocessor."""
+MIN_PART = 128
+"""A part of a context is of at least so many tokens, where the context is the longest that its block table can hold."""
+MAX_SPLITS = 32
+PROGRAMS_PER_MULTIPROCESSOR = 4
+"""From so many on, splitting contexts buys nothing."""
+
+
+class Work(NamedTuple):
+    """Tokens that attend together: a row's to its own context, or a span's to the start of the context of row `rows`."""
+
+    query_starts: torch.Tensor
+    query_lens: torch.Tensor
+    rows: torch.Tensor | None
+    max_query_len: int
+
+
+class Plan(NamedTuple):
+    """How a launch is cut: (token, head) pairs and tokens of a program's tile; tiles of a row, parts of its context."""
+
+    block_m: int
+    tile: int
+    num_warps: int
+    num_stages: int
+    num_tiles: int
+    num_splits: int
+
+
+def choose_plan(
+    num_items: int,
+    num_queries: int,
+    max_context: int,
+    num_kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+    num_processors: int,
+) -> Plan:
+    """For items (rows or spans) of up to so many (token, head) pairs per KV head, and KV elements of so many bytes."""
+    row_bytes = triton.next_power_of_2(head_dim) * itemsize
+    tile = min(max(TILE_BYTES // row_bytes, 16), 128)
+    block_m, num_warps = min(max(triton.next_power_of_2(num_queries), 16), 64), 4
+    if num_queries > 128 and row_bytes <= 256:  # the accumulators of 128 queries fit 8 warps' registers
+        block_m, num_warps = 128, 8
+    num_tiles = triton.cdiv(num_queries, block_m)
+    num_splits = choose_num_splits(num_items * num_tiles * num_kv_heads, max_context, num_processors)
+    return Plan(block_m, tile, num_warps, 3, num_tiles, num_splits)
+
+
+def choose_num_splits(num_programs: int, max_context: int, num_processors: int) -> int:
+    """Into how many parts each context is cut so that all multiprocessors are busy."""
+    wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * num_processors, num_programs)
+    return max(1, min(wanted, max_context // MIN_PART, MAX_SPLITS))
+
+
+def combine_warps(num_partials: int, head_dim: int) -> int:
+    """Of `combine_kernel`: at most 64 float32 of partials in a thread."""
+    return 8 if triton.next_power_of_2(num_partials) * triton.next_power_of_2(head_dim) > 8192 else 4
+
+
+def paged_attention(
+    query_NHD: torch.Tensor,
+    kv_2BHSD: torch.Tensor,
+    block_tables_RM: torch.Tensor,
+    starts_R: torch.Tensor,
+    query_lens_R: torch.Tensor,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    *,
+    query_starts_R: torch.Tensor | None = None,
+    max_query_len: int | None = None,
+    shared: SharedPrefixes | None = None,
+) -> torch.Tensor:
+    """Same as `reference.paged_attention`. No host sync, so that it can be captured: grids follow from shapes and host numbers.
+
+    Where rows are too few to fill the device, each one's context is cut into parts, whose results a second kernel combines.
+    A shared prefix is one more such part, read once for all tokens of its span.
+
+    Bound by reading keys and values, each row's once (a shared prefix: once per span) for up to 64 (token, head) pairs of a
+    KV head: 2 · context · KV heads · D elements per row. With more tokens, by the matrix products.
+    """
+    num_tokens, num_heads, head_dim = query_NHD.shape
+    num_rows, num_blocks = block_tables_RM.shape
+    _, _, num_kv_heads, block_size, _ = kv_2BHSD.shape
+    key_BHSD, value_BHSD = kv_2BHSD
+    assert query_NHD.stride(2) == 1 and block_tables_RM.stride(1) == 1 and key_BHSD.is_contiguous()
+    assert not (shared and sliding_window)
+    out_NHD = query_NHD.new_empty(num_tokens, num_heads, head_dim)
+    if num_tokens == 0 or num_rows == 0:
+        return out_NHD.zero_()
+    if query_starts_R is None:
+        query_starts_R = query_lens_R.cumsum(0) - query_lens_R
+    works = [Work(query_starts_R, query_lens_R, None, max_query_len or num_tokens)]
+    if shared:
+        works.append(Work(shared.query_starts_P, shared.query_lens_P, shared.rows_P, shared.max_query_len))
+
+    groups, max_context = num_heads // num_kv_heads, num_blocks * block_size
+    if sliding_window:
+        max_context = min(max_context, sliding_window + works[0].max_query_len)
+    plans = [
+        choose_plan(
+            len(work.query_lens),
+            work.max_query_len * groups,
+            max_context,
+            num_kv_heads,
+            head_dim,
+            kv_2BHSD.element_size(),
+            num_multiprocessors(query_NHD.device),
+        )
+        for work in works
+    ]
+    num_partials = sum(plan.num_splits for plan in plans)
+    parts_NHPD, lse_NHP = out_NHD, None
+    if num_partials > 1:
+        parts_NHPD = out_NHD.new_empty(num_tokens, num_heads, num_partials, head_dim, dtype=torch.float32)
+        lse_NHP = parts_NHPD.new_empty(parts_NHPD.shape[:3])
+        if shared:
+            lse_NHP.fill_(-torch.inf)  # of tokens outside all spans
+
+    block_d = triton.next_power_of_2(head_dim)
+    first_partial = 0
+    for work, plan in zip(works, plans, strict=True):
+        attention_kernel[(len(work.query_lens) * plan.num_tiles, num_kv_heads, plan.num_splits)](
+            parts_NHPD,
+            lse_NHP,
+            query_NHD,
+            key_BHSD,
+            value_BHSD,
+            block_tables_RM,
+            starts_R,
+            work.query_starts,
+            work.query_lens,
+            work.rows,
+            shared.num_shared_R if shared else None,
+            query_NHD.stride(0),
+            query_NHD.stride(1),
+            block_tables_RM.stride(0),
+            scaling,
+            num_tokens,
+            plan.num_tiles,
+            plan.num_splits,
+            num_partials,
+            first_partial,
+            SPLIT=num_partials > 1,
+            SPANS=work.rows is not None,
+            WINDOW=sliding_window or 0,
+            SOFTCAP=softcap or 0.0,
+            DOT_IN_FP32=INTERPRETED and kv_2BHSD.dtype == torch.bfloat16,
+            GROUPS=groups,
+            NUM_KV_HEADS=num_kv_heads,
+            BLOCK_SIZE=block_size,
+            HEAD_DIM=head_dim,
+            BLOCK_D=block_d,
+            BLOCK_M=plan.block_m,
+            TILE=plan.tile,
+            num_warps=plan.num_warps,
+            num_stages=plan.num_stages,
+        )
+        first_partial += plan.num_splits
+    if num_partials > 1:
+        combine_kernel[(num_tokens * num_heads,)](
+            out_NHD,
+            parts_NHPD,
+            lse_NHP,
+            num_partials,
+            plans[0].num_splits,
+            HEAD_DIM=head_dim,
+            BLOCK_D=block_d,
+            BLOCK_P=triton.next_power_of_2(num_partials),
+            num_warps=combine_warps(num_partials, head_dim),
+        )
+    return out_NHD
