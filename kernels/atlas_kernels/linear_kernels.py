@@ -109,7 +109,7 @@ def add_to_rows(sums, value, ones, DOT_DTYPE: tl.constexpr):
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # or a captured graph would meet a number for which nothing is compiled
 def linear_kernel(
     x_ptr,
     norm_ptr,
@@ -136,7 +136,7 @@ def linear_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CHAINS: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
+    IN_FLOAT32: tl.constexpr,
 ):
     """A tile of columns of `fused_linear`, for all rows. Grid: (tiles of all weights, SPLIT_D).
 
@@ -147,6 +147,7 @@ def linear_kernel(
     go to `out` [SPLIT_D, rows, columns] for `combine_kernel`.
     """
     PART: tl.constexpr = BLOCK_D // CHAINS
+    DOT_DTYPE: tl.constexpr = tl.float32 if IN_FLOAT32 else w0_ptr.dtype.element_ty
     row = tl.arange(0, BLOCK_N)
     weight_ptr, column, width, begin = locate(
         w0_ptr, w1_ptr, w2_ptr, width_0, width_1, width_2, NUM_WEIGHTS, GATED, BLOCK_O
@@ -189,7 +190,7 @@ def linear_kernel(
         tl.store(out_ptr + place, y, mask=(row < num_rows)[:, None] & (column < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def combine_kernel(
     shares_ptr,
     b0_ptr,

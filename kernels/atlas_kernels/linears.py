@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 import triton
-import triton.language as tl
 
+from atlas_kernels import reference
 from atlas_kernels.launching import INTERPRETED, num_multiprocessors
 from atlas_kernels.linear_kernels import combine_kernel, linear_kernel, rms_norm_kernel, silu_mul_kernel, vector_kernel
-from atlas_kernels.routes import Routes
+from atlas_kernels.routes import TOLERANCE, Routes
 
 MAX_ROWS = 64
 """More are cuBLAS' business."""
@@ -60,15 +60,16 @@ def fuses_norm(num_rows: int, weight_dtype: torch.dtype) -> bool:
     return num_rows <= 32 and weight_dtype != torch.float16
 
 
-def tilings(layout: Layout, num_multiprocessors: int) -> list[Tiling]:
+@functools.lru_cache(1024)
+def tilings(layout: Layout, num_multiprocessors: int) -> tuple[Tiling, ...]:
     """Those worth measuring: a program for every multiprocessor, bytes enough in flight on each, no register spilled."""
     if layout.num_rows == 1:
         columns, block_d = 2 if layout.gated else 4, min(2048, max(256, triton.next_power_of_2(layout.size)))
-        shapes = [(block_d, 4), (block_d, 8), (max(256, block_d // 2), 4)]
-        return [Tiling(1, columns, *shape) for shape in dict.fromkeys(shapes)]
+        shapes = [(columns, block_d), (columns, max(256, block_d // 2)), (columns // 2, block_d)]
+        return tuple(Tiling(1, *shape, num_warps=4) for shape in dict.fromkeys(shapes))
     block_n = max(16, triton.next_power_of_2(layout.num_rows))
     if layout.weight_bytes == 4:
-        return [Tiling(16, 16, 64, 4, 3)] if block_n == 16 else []
+        return (Tiling(16, 16, 64, 4, 3),) if block_n == 16 else ()
     found, products = [], 2 if layout.gated else 1
     for block_o in (16, 32, 64):
         num_tiles, split_d = layout.num_tiles(block_o), 1
@@ -87,7 +88,7 @@ def tilings(layout: Layout, num_multiprocessors: int) -> list[Tiling]:
             stage_bytes = (block_n * layout.x_bytes + products * block_o * layout.weight_bytes) * block_d
             num_stages = min(6, max(3, 1 + SHARED_BYTES // resident // stage_bytes))
             found.append(Tiling(block_n, block_o, block_d, num_warps, num_stages, split))
-    return found
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -118,23 +119,16 @@ class Call:
     def layout(self) -> Layout:
         num_rows, size = self.x_ND.shape
         norm = self.norm_D is not None and fuses_norm(num_rows, self.dtype)
-        return Layout(num_rows, self.widths, size, self.gated, norm, self.x_ND.element_size(), self.dtype.itemsize)
+        x_dtype = self.x_ND.dtype if norm or self.norm_D is None else self.dtype
+        return Layout(num_rows, self.widths, size, self.gated, norm, x_dtype.itemsize, self.dtype.itemsize)
 
     def key(self) -> tuple:
         """All that the speed of a route depends on; rows by the next power of two."""
         rows, residual = triton.next_power_of_2(len(self.x_ND)), self.residual_NO
         has_bias = any(b is not None for b in self.biases)
         dtypes = self.x_ND.dtype, self.dtype, None if residual is None else residual.dtype
-        return (
-            str(self.x_ND.device),
-            rows,
-            self.widths,
-            self.x_ND.shape[1],
-            *dtypes,
-            self.norm_D is not None,
-            has_bias,
-            self.gated,
-        )
+        sizes = rows, self.widths, self.x_ND.shape[1]
+        return str(self.x_ND.device), *sizes, *dtypes, self.norm_D is not None, has_bias, self.gated
 
     def on_noise(self) -> Call:
         """The same call on inputs that are fit to be compared; leaves the global generator alone."""
@@ -152,11 +146,6 @@ class Call:
 
 ROUTES: Routes[str | Tiling] = Routes()
 """Of `fused_linear`: "torch" or a tiling, per `Call.key`."""
-DOT_DTYPES = {
-    torch.bfloat16: tl.float32 if INTERPRETED else tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float32: tl.float32,
-}
 
 
 @torch.no_grad()
@@ -175,15 +164,19 @@ def fused_linear(
     Up to MAX_ROWS rows bound by the bytes of the weights. By Triton or by cuBLAS, whichever proved faster at the first such call
     outside of a captured graph.
     """
+    if weights[0].dtype not in TOLERANCE:  # float64
+        return reference.fused_linear(
+            x_ND, weights, biases, norm_D=norm_D, eps=eps, residual_NO=residual_NO, gated=gated
+        )
     residual_NO = None if residual_NO is None else residual_NO.contiguous()
     call = Call(x_ND.contiguous(), weights, biases or [None] * len(weights), norm_D, eps, residual_NO, gated)
-    if not 0 < len(x_ND) <= MAX_ROWS or call.dtype not in DOT_DTYPES:
+    if not 0 < len(x_ND) <= MAX_ROWS:
         return by_torch(call)
     found = tilings(call.layout(), num_multiprocessors(x_ND.device))
     if INTERPRETED:
         return by_triton(call, found[0]) if found else by_torch(call)
-    routes = ["torch", *found]
-    return run(call, ROUTES.fastest(call.key(), routes, functools.partial(run, call), call.dtype))
+    route = ROUTES.fastest(call.key(), ["torch", *found], lambda: functools.partial(run, call.on_noise()), call.dtype)
+    return run(call, route)
 
 
 def run(call: Call, route: str | Tiling) -> torch.Tensor:
@@ -221,60 +214,53 @@ def by_triton(call: Call, tiling: Tiling) -> torch.Tensor:
     widths += [0] * (3 - num_weights)
     dtype = call.dtype if call.residual_NO is None else call.residual_NO.dtype
     out = torch.empty(num_rows, call.num_columns, dtype=dtype, device=x_ND.device)
-    constants = {
-        "NUM_WEIGHTS": num_weights,
-        "NORM": norm_D is not None,
-        "BIAS": has_bias,
-        "GATED": call.gated,
-        "BLOCK_O": tiling.block_o,
-        "BLOCK_D": tiling.block_d,
-        "num_warps": tiling.num_warps,
-    }
-    num_tiles = layout.num_tiles(tiling.block_o)
+    options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+    constants = constants_of(layout, tiling, call.dtype, has_bias)
+    grid = (layout.num_tiles(tiling.block_o), tiling.split_d)
+    ends, sizes = (*biases, call.residual_NO, out), (size, *widths)
     if tiling.block_n == 1:
-        vector_kernel[(num_tiles,)](
-            x_ND, norm_D, *weights, *biases, call.residual_NO, out, size, *widths, call.eps, **constants
-        )
+        vector_kernel[grid](x_ND, norm_D, *weights, *ends, *sizes, call.eps, **constants, **options)
         return out
-    constants |= {
-        "SPLIT_D": tiling.split_d,
-        "BLOCK_N": tiling.block_n,
-        "CHAINS": tiling.num_warps,
-        "DOT_DTYPE": DOT_DTYPES[call.dtype],
-        "num_stages": tiling.num_stages,
-    }
-    grid = (num_tiles, tiling.split_d)
     if tiling.split_d == 1:
-        linear_kernel[grid](
-            x_ND, norm_D, *weights, *biases, call.residual_NO, out, num_rows, size, *widths, call.eps, **constants
-        )
+        linear_kernel[grid](x_ND, norm_D, *weights, *ends, num_rows, *sizes, call.eps, **constants, **options)
         return out
-    shares = torch.empty(tiling.split_d, num_rows, call.num_columns, dtype=torch.float32, device=x_ND.device)
-    constants["BIAS"] = False
-    linear_kernel[grid](x_ND, None, *weights, *[None] * 4, shares, num_rows, size, *widths, 0.0, **constants)
+    shares = torch.empty(tiling.split_d, *out.shape, dtype=torch.float32, device=out.device)
+    ends = (None, None, None, None, shares)
+    linear_kernel[grid](x_ND, None, *weights, *ends, num_rows, *sizes, 0.0, **constants | {"BIAS": False}, **options)
+    shared = {name: constants[name] for name in ("NUM_WEIGHTS", "BIAS", "SPLIT_D", "BLOCK_N")}
     combine_kernel[(layout.num_tiles(COMBINE_BLOCK_O),)](
-        shares,
-        *biases,
-        call.residual_NO,
-        out,
-        num_rows,
-        *widths,
-        NUM_WEIGHTS=num_weights,
-        BIAS=has_bias,
-        SPLIT_D=tiling.split_d,
-        BLOCK_N=tiling.block_n,
-        BLOCK_O=COMBINE_BLOCK_O,
+        shares, *biases, call.residual_NO, out, num_rows, *widths, BLOCK_O=COMBINE_BLOCK_O, **shared
     )
     return out
 
 
+def constants_of(layout: Layout, tiling: Tiling, dtype: torch.dtype, has_bias: bool) -> dict[str, int | bool]:
+    """Of `linear_kernel` or `vector_kernel`."""
+    constants = {
+        "NUM_WEIGHTS": len(layout.widths),
+        "NORM": layout.norm,
+        "BIAS": has_bias,
+        "GATED": layout.gated,
+        "BLOCK_O": tiling.block_o,
+        "BLOCK_D": tiling.block_d,
+    }
+    if tiling.block_n == 1:
+        return constants
+    return constants | {
+        "SPLIT_D": tiling.split_d,
+        "BLOCK_N": tiling.block_n,
+        "CHAINS": tiling.num_warps,
+        "IN_FLOAT32": dtype == torch.float32 or (INTERPRETED and dtype == torch.bfloat16),
+    }
+
+
 def rms_norm(x_ND: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-    """Same as `reference.rms_norm`. Bound by reading x and writing as much."""
+    """Same as `reference.rms_norm`, computed in float32. Bound by reading x and writing as much."""
     return _normed(x_ND.contiguous(), weight_D, eps, x_ND.dtype)
 
 
 def silu_mul(gate_up_NI: torch.Tensor) -> torch.Tensor:
-    """Same as `reference.silu_mul`. Bound by reading both halves and writing one."""
+    """Same as `reference.silu_mul`, computed in float32. Bound by reading both halves and writing one."""
     return _gated(*gate_up_NI.chunk(2, dim=-1))
 
 

@@ -34,17 +34,23 @@ class Routes(Generic[Route]):
         self._time, self._is_capturing = seconds or device_seconds, is_capturing
 
     def fastest(
-        self, key: Hashable, routes: Sequence[Route], call: Callable[[Route], torch.Tensor], dtype: torch.dtype
+        self,
+        key: Hashable,
+        routes: Sequence[Route],
+        prepare: Callable[[], Callable[[Route], torch.Tensor]],
+        dtype: torch.dtype,
     ) -> Route:
         """The route to take. The first is the baseline: others must equal it, and it serves while a graph is captured.
 
         Args:
-            call: computes by a route, on inputs of its own choice: what a first caller has may hold anything.
+            prepare: gives what computes by a route, on inputs fit to be compared: a first caller's may hold anything.
+            dtype: of the arithmetic.
         """
         if key in self.chosen:
             return self.chosen[key]
         if not self.measures or self._is_capturing():
             return routes[0]
+        call = prepare()
         expected = call(routes[0])
         seconds = {routes[0]: self._time(lambda: call(routes[0]))}
         for route in routes[1:]:
