@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-import atlas_kernels
-from atlas_kernels import SharedPrefixes, StepInputs, coupled_sample, finish_step, prepare_step
+from atlas_kernels import SharedPrefixes, StepInputs, coupled_sample, filter_thresholds, finish_step, prepare_step
 from atlas_rl.drafters.base import StepDrafter
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.decode_state import DecodeState, to_device
@@ -359,7 +358,7 @@ class CapturedSteps:
             thresholds_N = None
             if params.has_filters and not params.is_greedy:
                 cuts = {"top_k": params.top_k, "top_p": params.top_p, "min_p": params.min_p}
-                thresholds_N = atlas_kernels.filter_thresholds(logits_NV, temperature, **cuts, forbidden=forbidden)
+                thresholds_N = filter_thresholds(logits_NV, temperature, **cuts, forbidden=forbidden)
             keys_2N = None if params.is_greedy else inputs.keys_2N[:, part]
             options = {"thresholds_N": thresholds_N, "forbidden": forbidden}
             parts.append(coupled_sample(logits_NV, keys_2N, temperature, **options))
