@@ -36,6 +36,8 @@ LONGEST_PLAIN_WAIT = 192
 HOPELESS = 0.85
 """An arm that promises less than this share of the best one's rate gets no trial, one that shows less waits longest."""
 RATE_DECAY = 0.9
+DEPTHS = (1, 2, 3, 4, 6, 8)
+"""Lookaheads of arms that draft within captured steps: each is captured by itself."""
 
 
 @dataclass(slots=True)
@@ -125,16 +127,27 @@ class Controller:
 
     def predicted_rate(self, arm: Arm, num_rows: int, num_cached: int = 0) -> float:
         """Tokens per row and second, at the best lookahead."""
-        depths = np.arange(MAX_DEPTH + 1)
-        verify = self.step_cost.seconds(num_rows * (depths + 1), num_cached)
-        if verify is None:
+        rates = self._rates(arm, num_rows, num_cached)
+        if rates is None:
             return 1.0 if arm == PLAIN else 1.0 - 0.01 * len(arm)  # nothing is known: plain steps are measured first
+        return float(rates[0] if arm == PLAIN else rates[1:].max())
+
+    def best_depth(self, arm: Arm, num_rows: int, num_cached: int = 0) -> int:
+        """The lookahead, of those that steps are captured for, at which an arm emits most per second."""
+        rates = self._rates(arm, num_rows, num_cached)
+        return DEPTHS[1] if rates is None else max(DEPTHS, key=rates.__getitem__)
+
+    def _rates(self, arm: Arm, num_rows: int, num_cached: int) -> np.ndarray | None:
+        """[1 + MAX_DEPTH] tokens per row and second by lookahead; None before any step was measured."""
+        depths = np.arange(MAX_DEPTH + 1)
+        seconds = self.step_cost.seconds(num_rows * (depths + 1), num_cached)
+        if seconds is None:
+            return None
         if arm == PLAIN:
-            return 1 / float(verify[0])
+            return 1 / seconds
         survival = np.max([self.acceptance[name].survival_K for name in arm], axis=0)
-        draft = sum(self._draft_seconds(name, depths, num_rows, float(verify[0])) for name in arm)
-        rates = np.concatenate([[1.0], 1 + survival.cumsum()]) / (draft + verify)
-        return float(rates[1:].max())
+        draft = sum(self._draft_seconds(name, depths, num_rows, float(seconds[0])) for name in arm)
+        return np.concatenate([[1.0], 1 + survival.cumsum()]) / (draft + seconds)
 
     def min_prob(self, arm: Arm, num_rows: int, num_cached: int = 0) -> float:
         """Probability of being accepted from which on a draft token pays for being guessed and verified: its share of a longer

@@ -6,13 +6,16 @@ lengths it asked for, and benches a drafter that raises.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 if TYPE_CHECKING:
+    import torch
+
     from atlas_rl.engine.batch import ForwardBatch
+    from atlas_rl.engine.decode_state import DecodeState
     from atlas_rl.engine.policy_view import PolicyView
     from atlas_rl.types import SamplingParams
 
@@ -49,6 +52,28 @@ class Drafts(NamedTuple):
         return (self.probs > 0).cumprod(axis=1).sum(axis=1)
 
 
+class StepDrafter(Protocol):
+    """A drafter's side within captured decode steps. What it knows of a row lies in the row's slot, on the device.
+
+    `draft` and `keep` are captured: they look at no value and use only memory that stays where it is.
+    """
+
+    def wake(self, sampling: SamplingParams, num_slots: int) -> None:
+        """A rollout begins. Between rollouts the policy's weights may have changed, and its own."""
+
+    def memory_key(self) -> Hashable:
+        """Changes whenever other memory is used than before."""
+
+    def admit(self, slots: list[int], batch: ForwardBatch | None, places: np.ndarray) -> None:
+        """Rows begin; the last token of row i's prefix is at places[i] of the prefilled batch, -1: there is none."""
+
+    def draft(self, num_drafts: int, slots_R: torch.Tensor, state: DecodeState) -> torch.Tensor:
+        """Guesses [R, K] of what follows each row's last token."""
+
+    def keep(self, slots_R: torch.Tensor, batch: ForwardBatch, places_R: torch.Tensor) -> None:
+        """Each row's last token was drawn at places_R of the step's batch."""
+
+
 class Drafter:
     """What the engine calls, in this order: `wake` as a rollout begins; after a prefill forward `prefilled`, `copy_blocks`,
     `admit` and `started`; then `propose`, `verified` and `observe` for each decode step; `release` for rows that leave; `sleep`.
@@ -62,7 +87,8 @@ class Drafter:
     """Decoder layers (from 0) whose outputs it reads in `batch.tapped`; () if `batch.hidden_ND` is enough, None if it looks at
     tokens alone: then `prefilled`, `started` and `verified` are not called."""
     uses_blocks: bool = False
-    """Whether it keeps KV of its own in the rows' blocks: these then have room for a draft before `propose` is called."""
+    """Whether it keeps KV of its own in the rows' blocks: these then have room for a draft before `propose` is called, and
+    `kv_shape(block_size)` says how much it is."""
 
     def bind(self, view: PolicyView) -> None:
         """Called once, before anything else. Embeddings and head of `view` are live: the policy's own at any time.
@@ -70,6 +96,10 @@ class Drafter:
         Raises:
             ValueError: it was made for another policy.
         """
+
+    def within_step(self) -> StepDrafter | None:
+        """Its side within captured steps, once it is bound; None: its drafts are the host's to make."""
+        return None
 
     def wake(self, sampling: SamplingParams, num_blocks: int, block_size: int) -> None:
         """A rollout begins; its blocks have numbers below `num_blocks`."""

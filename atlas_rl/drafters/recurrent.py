@@ -21,6 +21,7 @@ from atlas_kernels.native import Library
 from atlas_rl.drafters.base import Drafter, DraftRow, Drafts
 from atlas_rl.drafters.guess import HALF_LIFE, MARGIN_EDGES, MAX_DEPTH, Calibration, draw
 from atlas_rl.drafters.recurrent_head import RecurrentHead
+from atlas_rl.drafters.recurrent_step import RecurrentStep
 from atlas_rl.drafters.vocab import DraftVocabulary
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.policy_view import PolicyView
@@ -102,6 +103,9 @@ class RecurrentDrafter(Drafter):
             self.vocabulary = DraftVocabulary(view.vocab_size)
         self.native = NativeHead(self.head) if NativeHead.serves(view) else None
         self.weights_updated()
+
+    def within_step(self) -> RecurrentStep:
+        return RecurrentStep(self)
 
     def weights_updated(self) -> None:
         """Take over the head's weights, the policy's, and the draft vocabulary, which may all have changed.

@@ -46,6 +46,9 @@ class Decoding:
         """Every running sequence gets at least one more token, or is preempted."""
         raise NotImplementedError
 
+    def started(self, sequences: list[Sequence], batch: ForwardBatch | None, places: np.ndarray) -> None:
+        """Rows begin; the last token of row i's prefix is at places[i] of the prefilled batch, -1: there is none."""
+
     def drain(self) -> None:
         """Have no step in flight: what rows have emitted is known."""
 

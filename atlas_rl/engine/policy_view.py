@@ -103,6 +103,11 @@ class PolicyView:
         return self.model.get_output_embeddings().weight.shape[0]
 
     @property
+    def hidden_dtype(self) -> torch.dtype:
+        """Of hidden states: the residual stream's, which autocast leaves alone."""
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
     def max_len(self) -> int | None:
         """Positions the model was made for."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)

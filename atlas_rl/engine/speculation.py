@@ -23,11 +23,8 @@ from atlas_rl.telemetry.stats import DrafterStats, RolloutStats
 from atlas_rl.types import SamplingParams
 
 logger = logging.getLogger(__name__)
-
 MAX_DRAFT_LEN = 16
 """Longest draft asked for when the lookahead is automatic."""
-
-
 FEW_ROWS = 2
 """Up to this many rows what drafters propose is verified as it is: they have been told what pays, and choosing takes time."""
 COUNT_EVERY = 16
@@ -77,6 +74,10 @@ class Speculator:
         self.behind: set[str] = set()
         """Drafters that have not been told of all that rows have emitted, because they are not asked."""
         self.listener: Listener | None = None
+        self.alone: frozenset[str] = frozenset()
+        """Drafters that can draft within captured steps, by themselves: no arm has them together with others."""
+        self.within: frozenset[str] = frozenset()
+        """Those that do in this rollout."""
         for drafter in drafters:
             self._bind(drafter, view)
         view.tap({layer for drafter in drafters for layer in drafter.layers or ()})
@@ -87,8 +88,12 @@ class Speculator:
 
     @property
     def readers(self) -> list[Drafter]:
-        """Drafters that look at hidden states."""
-        return [drafter for drafter in self.active if drafter.layers is not None]
+        """Drafters that look at hidden states, and are not within captured steps to see them."""
+        return [drafter for drafter in self.active if drafter.layers is not None and drafter.name not in self.within]
+
+    def kv_block_bytes(self, block_size: int) -> int:
+        """What drafters keep per block of the policy's KV."""
+        return sum(drafter.kv_shape(block_size).block_bytes for drafter in self.active if drafter.uses_blocks)
 
     # ---- the life of a rollout -------------------------------------------------------------------------------------------
 
@@ -120,24 +125,14 @@ class Speculator:
             if drafter.uses_blocks:
                 self._call(drafter, "copy_blocks", copies)
 
-    def admit(self, sequences: list[Sequence], batch: ForwardBatch | None, chunks: list[PrefillChunk]) -> None:
-        """Rows start to decode, some of them siblings over the same prefix, of which the last part may be in `batch`."""
+    def admit(self, sequences: list[Sequence], batch: ForwardBatch | None, places: np.ndarray) -> None:
+        """Rows start to decode; the last token of row i's prefix is at places[i] of the prefilled batch, -1: there was none."""
         if not sequences:
             return
         for drafter in self.active:
             self._call(drafter, "admit", sequences)
-        if not self.readers:
-            return
-        ends = np.cumsum([c.end - c.start for c in chunks]) - 1
-        places = {
-            seq.row_id: end
-            for chunk, end in zip(chunks, ends.tolist(), strict=True)
-            for seq in chunk.group.sequences
-            if chunk.end > chunk.start
-        }
-        at = np.array([places.get(seq.row_id, -1) for seq in sequences], np.int64)
         for drafter in self.readers:
-            self._call(drafter, "started", sequences, batch, at)
+            self._call(drafter, "started", sequences, batch, places)
 
     def release(self, sequences: list[Sequence], finished: bool) -> None:
         if sequences:
@@ -183,6 +178,16 @@ class Speculator:
     def wants_hidden(self) -> bool:
         """Whether anyone looks at the hidden states of a step after it."""
         return self.listener is not None or bool(self.readers)
+
+    def promise(self, sequences: list[Sequence]) -> int:
+        """Draft tokens that the arm, which drafts within the step, shall make for each row; the plan says what they promise."""
+        (name,) = self.plan.arm
+        num_rows = len(sequences)
+        num_drafts = self.lookahead or self.controller.best_depth(self.plan.arm, num_rows, self.num_cached)
+        survival_K = self.controller.acceptance[name].survival_K[:num_drafts]
+        self.plan.sources = np.zeros(num_rows, np.int64)
+        self.plan.expected = np.array([num_rows * survival_K.sum()])
+        return num_drafts
 
     def propose(self, scheduler: Scheduler, stats: RolloutStats) -> list[list[int]]:
         """The drafts of the arm that was chosen; it leaves the plan where there are none."""

@@ -19,6 +19,7 @@ __all__ = [
     "coupled_sample",
     "cpu",
     "device_row_keys",
+    "filter_thresholds",
     "finish_step",
     "fused_linear",
     "gumbel_noise",
@@ -66,6 +67,20 @@ def coupled_sample(
     if is_plain and not uses_triton(logits_NV) and cpu.unavailable_reason() is None:
         return cpu.coupled_sample(logits_NV, keys_2N, temperature)
     return _module("sampling", logits_NV).coupled_sample(logits_NV, keys_2N, temperature, **options)
+
+
+def filter_thresholds(
+    logits_NV: torch.Tensor,
+    temperature: float,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    forbidden: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The smallest logit / T that each row may draw, for `coupled_sample`; see `reference.filter_thresholds`."""
+    ops = reference if logits_NV.dtype == torch.float64 else _module("sampling", logits_NV)
+    return ops.filter_thresholds(logits_NV, temperature, top_k=top_k, top_p=top_p, min_p=min_p, forbidden=forbidden)
 
 
 def device_row_keys(seeds_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:

@@ -124,12 +124,12 @@ def test_an_unknown_layer_is_not_fused():
     """A Linear that is more than a Linear, and an activation that is not SiLU."""
     assert PolicyView(tiny_llama(hidden_act="gelu")).fused is None
     twin = build_twin(tiny_llama(), "atlas")
-    assert FusedDecoder.of(twin) is not None
+    assert FusedDecoder.of(twin, torch.float32, on_device=False) is not None
     twin.model.layers[1].mlp.up_proj.__class__ = type("ScaledLinear", (torch.nn.Linear,), {})
-    assert FusedDecoder.of(twin) is None
+    assert FusedDecoder.of(twin, torch.float32, on_device=False) is None
     twin = build_twin(tiny_llama(), "atlas")
     twin.model.layers[1].mlp.forward = lambda x: 0 * x  # looks right, computes something else
-    assert FusedDecoder.of(twin) is None
+    assert FusedDecoder.of(twin, torch.float32, on_device=False) is None
 
 
 @pytest.mark.parametrize("name", MODELS)
