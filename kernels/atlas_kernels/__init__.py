@@ -24,6 +24,7 @@ __all__ = [
     "fix_routes",
     "fused_linear",
     "gumbel_noise",
+    "lk_hybrid",
     "noise_bits",
     "paged_attention",
     "prepare_step",
@@ -153,6 +154,20 @@ def fused_linear(
     """One to three Linears over one input, with norm, gate or residual; see `reference.fused_linear`."""
     options = {"norm_D": norm_D, "eps": eps, "residual_NO": residual_NO, "gated": gated}
     return _module("linears", x_ND).fused_linear(x_ND, weights, biases, **options)
+
+
+def lk_hybrid(
+    draft_logits_NV: torch.Tensor,
+    target_logits_NF: torch.Tensor,
+    vocab_ids_V: torch.Tensor | None = None,
+    *,
+    lambda_decay: float = 3.0,
+    with_grad: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """A drafter's loss per row, its acceptance, and the loss's gradient; see `reference.lk_hybrid`."""
+    module = reference if draft_logits_NV.dtype == torch.float64 else _module("distill", draft_logits_NV)
+    options = {"lambda_decay": lambda_decay, "with_grad": with_grad}
+    return module.lk_hybrid(draft_logits_NV, target_logits_NF, vocab_ids_V, **options)
 
 
 def rms_norm(x_ND: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
