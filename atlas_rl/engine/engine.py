@@ -199,7 +199,8 @@ class RolloutEngine:
         within = {name: drafter for name, drafter in within.items() if drafter is not None}
         self.speculator.alone = alone = frozenset(within)
         self.controller.arms = [arm for arm in self.controller.arms if len(arm) < 2 or not alone.intersection(arm)]
-        return CapturedSteps(self.view, graphs, within, max(MAX_DRAFT_LEN, self.config.lookahead or 0))
+        longest = max(MAX_DRAFT_LEN, self.config.lookahead or 0)
+        return CapturedSteps(self.view, graphs, within, longest, self.config.engine.compile_layers)
 
     def _finish(self, sequences: list[Sequence], start: float) -> None:
         """Close the books and free KV memory, after success and after an exception alike."""
