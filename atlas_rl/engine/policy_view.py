@@ -166,7 +166,7 @@ class PolicyView:
         ]
 
     def compile_layers(self, **options: Any) -> None:
-        """Have the twin's layers compiled at their next call, by `torch.compile` with these options: one piece of code for all."""
+        """Have the twin's layers compiled at their next call, by `torch.compile` with these options: one code for all."""
         for layer in decoder_layers(self.twin):
             layer.compile(dynamic=True, **options)
 
