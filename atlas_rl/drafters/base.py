@@ -55,23 +55,31 @@ class Drafts(NamedTuple):
 class StepDrafter(Protocol):
     """A drafter's side within captured decode steps. What it knows of a row lies in the row's slot, on the device.
 
-    `draft` and `keep` are captured: they look at no value and use only memory that stays where it is.
+    `draft` and `keep` are captured: they look at no value and use only memory that stays where it is. The host's side goes on
+    being told of rows (`admit`, `release`), and where it has KV in their blocks of prefixes (`prefilled`, `copy_blocks`).
     """
 
-    def wake(self, sampling: SamplingParams, num_slots: int) -> None:
-        """A rollout begins. Between rollouts the policy's weights may have changed, and its own."""
+    def wake(self, sampling: SamplingParams, num_slots: int, num_positions: int) -> None:
+        """A rollout begins, after the host's side was woken: so many slots, rows of at most so many tokens. Between rollouts the
+        policy's weights may have changed, and its own."""
+
+    def sleep(self, keep: bool) -> None:
+        """A rollout is over, after the host's side was put to sleep. Memory that captured steps read is kept for the next one
+        (`keep`), or given back."""
 
     def memory_key(self) -> Hashable:
         """Changes whenever other memory is used than before."""
 
-    def admit(self, slots: list[int], batch: ForwardBatch | None, places: np.ndarray) -> None:
+    def admit(self, slots: list[int], batch: ForwardBatch | None, places: np.ndarray, state: DecodeState) -> None:
         """Rows begin; the last token of row i's prefix is at places[i] of the prefilled batch, -1: there is none."""
 
     def draft(self, num_drafts: int, slots_R: torch.Tensor, state: DecodeState) -> torch.Tensor:
-        """Guesses [R, K] of what follows each row's last token."""
+        """Guesses [R, K] of what follows each row's last token. Their KV may go where the step may write: to 1 + K positions from
+        the last token's on, but no more than remain of a row."""
 
-    def keep(self, slots_R: torch.Tensor, batch: ForwardBatch, places_R: torch.Tensor) -> None:
-        """Each row's last token was drawn at places_R of the step's batch."""
+    def keep(self, slots_R: torch.Tensor, batch: ForwardBatch, places_R: torch.Tensor, tokens_N: torch.Tensor) -> None:
+        """The end of every step, whoever drafted: tokens_N were drawn after the places of its batch, each row's last one at
+        places_R; what follows these in a row was drafted wrongly."""
 
 
 class Drafter:
@@ -89,6 +97,8 @@ class Drafter:
     uses_blocks: bool = False
     """Whether it keeps KV of its own in the rows' blocks: these then have room for a draft before `propose` is called, and
     `kv_shape(block_size)` says how much it is."""
+    keeps_up: bool = True
+    """Whether its side within steps learns enough in those that others draft; else `rejoin` is called."""
 
     def bind(self, view: PolicyView) -> None:
         """Called once, before anything else. Embeddings and head of `view` are live: the policy's own at any time.
@@ -133,6 +143,12 @@ class Drafter:
     def observe(self, rows: Sequence[DraftRow], num_drafted: np.ndarray, num_accepted: np.ndarray) -> None:
         """`output_ids` of each row has grown since the drafter was last told of it; of the `num_drafted[i]` verified draft tokens
         (a prefix of what it proposed, maybe none of it) the first `num_accepted[i]` were right."""
+
+    def drafted_within(self, rows: Sequence[DraftRow]) -> None:
+        """In the place of `observe`, after a captured step within which it drafted; `output_ids` hold what came of it."""
+
+    def rejoin(self, rows: Sequence[DraftRow]) -> None:
+        """Before it drafts within a step, where it did not in the last one: all that rows have emitted is known."""
 
     def release(self, rows: Sequence[DraftRow], finished: bool) -> None:
         """Rows leave: finished, or else preempted or aborted (a preempted row is admitted again)."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from atlas_rl.drafters.base import DraftRow
+from atlas_rl.drafters.draft_model_step import DraftModelStep
 from atlas_rl.drafters.paged import PagedDrafter, tokens_between
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.kv_cache import KVShape
@@ -30,6 +31,7 @@ class DraftModelDrafter(PagedDrafter):
     name: ClassVar[str] = "draft_model"
     layers = ()
     feeds_ahead = 1
+    keeps_up = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -77,6 +79,9 @@ class DraftModelDrafter(PagedDrafter):
                 f"{differing[0]!r} among them. A draft model needs the policy's tokenizer"
             )
 
+    def within_step(self) -> DraftModelStep:
+        return DraftModelStep(self)
+
     def kv_shape(self, block_size: int) -> KVShape:
         return self.view.kv_shape(block_size)
 
@@ -85,7 +90,7 @@ class DraftModelDrafter(PagedDrafter):
         self.num_stored.clear()
 
     def prefilled(self, batch: ForwardBatch, next_token_ids: np.ndarray) -> None:
-        self._hidden_states(replace(batch, kv_cache=self.kv_cache, tapped={}, masks={}))
+        self.hidden_states(replace(batch, kv_cache=self.kv_cache, tapped={}, masks={}))
 
     def admit(self, rows: Sequence[DraftRow]) -> None:
         super().admit(rows)
@@ -107,28 +112,43 @@ class DraftModelDrafter(PagedDrafter):
         ends = np.array([row.num_computed + 1 for row in rows], np.int64)
         # the last token is computed in any case: its state is what the first guess comes from
         stored = np.minimum([self.num_stored[row.row_id] for row in rows], ends - 1)
-        while (late := np.flatnonzero(ends - stored > MAX_PIECE)).size:
-            self._forward([rows[i] for i in late.tolist()], stored[late], stored[late] + MAX_PIECE)
-            stored[late] += MAX_PIECE
+        self._store_pieces(rows, stored, ends - MAX_PIECE)
         states_ND = self._forward(rows, stored, ends)
         self.num_stored.update(zip((row.row_id for row in rows), ends.tolist()))
         last = torch.from_numpy(np.cumsum(ends - stored) - 1).to(self.device)
         return np.arange(len(rows)), states_ND.index_select(0, last)
+
+    def rejoin(self, rows: Sequence[DraftRow]) -> None:
+        """Within a step it computes the last two tokens of a row: the rest of those that it lacks is computed now."""
+        ends = np.array([row.num_computed - 1 for row in rows], np.int64)
+        stored = np.array([self.num_stored[row.row_id] for row in rows], np.int64)
+        self._store_pieces(rows, stored, ends)
+        self.num_stored.update(zip((row.row_id for row in rows), np.maximum(stored, ends).tolist()))
+
+    def drafted_within(self, rows: Sequence[DraftRow]) -> None:
+        self.num_stored.update((row.row_id, row.num_computed - 1) for row in rows)
+
+    def _store_pieces(self, rows: Sequence[DraftRow], stored: np.ndarray, ends: np.ndarray) -> None:
+        """Have at least so many tokens of each row in the cache; `stored`, how many there are, is brought up to date."""
+        while (late := np.flatnonzero(stored < ends)).size:
+            until = np.minimum(stored[late] + MAX_PIECE, ends[late])
+            self._forward([rows[i] for i in late.tolist()], stored[late], until)
+            stored[late] = until
 
     def _forward(self, rows: Sequence[DraftRow], starts: np.ndarray, ends: np.ndarray) -> torch.Tensor:
         """Hidden states after tokens [start, end) of each row."""
         spans = zip(rows, starts.tolist(), ends.tolist())
         token_ids = [tokens_between(row, start, end) for row, start, end in spans]
         tables = [row.block_table for row in rows]
-        return self._hidden_states(ForwardBatch.build(self.kv_cache, token_ids, starts.tolist(), tables))
+        return self.hidden_states(ForwardBatch.build(self.kv_cache, token_ids, starts.tolist(), tables))
 
-    def _hidden_states(self, batch: ForwardBatch) -> torch.Tensor:
+    def hidden_states(self, batch: ForwardBatch) -> torch.Tensor:
         if self.view.vocab_size < self.policy_vocab_size:  # padding of the policy's has no embedding here
             batch.input_ids_N = batch.input_ids_N.clamp(max=self.view.vocab_size - 1)
         return self.view.hidden_states(batch)
 
     def advance(self, batch: ForwardBatch, states_RD: torch.Tensor) -> torch.Tensor:
-        return self._hidden_states(batch)
+        return self.hidden_states(batch)
 
     def logits(self, states_RD: torch.Tensor) -> torch.Tensor:
         logits_RV = self.view.logits(states_RD)

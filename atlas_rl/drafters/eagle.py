@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from atlas_rl.drafters.base import DraftRow
 from atlas_rl.drafters.eagle_forward import PagedEagle
 from atlas_rl.drafters.eagle_head import EagleHead, default_layers
+from atlas_rl.drafters.eagle_step import EagleStep
 from atlas_rl.drafters.paged import PagedDrafter, tokens_between
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.kv_cache import KVShape
@@ -86,6 +87,9 @@ class EagleDrafter(PagedDrafter):
         head.to(view.device, view.compute_dtype)
         self.paged = PagedEagle(head)
 
+    def within_step(self) -> EagleStep:
+        return EagleStep(self)
+
     def refresh(self) -> None:
         """Take over the head's weights after they have changed in place."""
         self.paged.refresh()
@@ -112,9 +116,9 @@ class EagleDrafter(PagedDrafter):
     def prefilled(self, batch: ForwardBatch, next_token_ids: np.ndarray) -> None:
         token_ids = np.roll(batch.input_ids, -1)
         token_ids[np.cumsum(batch.query_lens) - 1] = next_token_ids
-        states = self._fuse([batch.tapped[layer] for layer in self.layers])
-        embeds = self._embed(torch.from_numpy(token_ids).to(self.device))
-        self.paged(replace(batch, kv_cache=self.kv_cache, masks={}), embeds, states)
+        token_ids_N = torch.from_numpy(token_ids).to(self.device)
+        pairs = replace(batch, kv_cache=self.kv_cache, input_ids_N=token_ids_N, masks={})
+        self.outputs(pairs, [batch.tapped[layer] for layer in self.layers])
 
     def admit(self, rows: Sequence[DraftRow]) -> None:
         super().admit(rows)
@@ -181,19 +185,28 @@ class EagleDrafter(PagedDrafter):
         token_ids = [tokens_between(rows[i], start + 1, start + 1 + count) for i, start, count in spans]
         tables = [rows[i].block_table for i in able.tolist()]
         batch = ForwardBatch.build(self.kv_cache, token_ids, positions.tolist(), tables)
-        return able, np.cumsum(counts) - 1, self.paged(batch, self._embed(batch.input_ids_N), self._fuse(tapped))
+        return able, np.cumsum(counts) - 1, self.outputs(batch, tapped)
+
+    def outputs(self, batch: ForwardBatch, tapped: list[torch.Tensor]) -> torch.Tensor:
+        """Outputs [N, D] of pairs of a batch's tokens and the policy's features before them."""
+        return self.advance(batch, self._fuse(tapped))
 
     def advance(self, batch: ForwardBatch, states_RD: torch.Tensor) -> torch.Tensor:
         return self.paged(batch, self._embed(batch.input_ids_N), states_RD)
 
     def logits(self, states_RD: torch.Tensor) -> torch.Tensor:
-        paged, head = self.paged, self.head
+        logits_RV, token_ids_V = self.draft_logits(states_RD)
+        if token_ids_V is None:
+            return logits_RV
+        whole_RV = logits_RV.new_full((len(states_RD), self.head.vocab_size), -torch.inf)
+        return whole_RV.index_copy_(1, token_ids_V, logits_RV)
+
+    def draft_logits(self, states_RD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        paged = self.paged
         normed_RD = torch.rms_norm(states_RD, paged.final_norm.shape, paged.final_norm, paged.eps)
         if paged.lm_head is None:
-            return self.view.logits(normed_RD)
-        draft_logits = paged.lm_head(normed_RD)
-        logits_RV = draft_logits.new_full((len(states_RD), head.vocab_size), -torch.inf)
-        return logits_RV.index_copy_(1, head.draft_ids, draft_logits)
+            return self.view.logits(normed_RD), None
+        return paged.lm_head(normed_RD), self.head.draft_ids
 
     def _fuse(self, tapped: list[torch.Tensor]) -> torch.Tensor:
         return self.paged.fc(torch.cat(tapped, dim=1).to(self.head.fc.weight.dtype))

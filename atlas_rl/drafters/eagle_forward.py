@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from atlas_kernels import cpu
+from atlas_kernels import cpu, rope_and_store, uses_triton
 from atlas_rl.drafters.eagle_head import EagleHead, rotate
 from atlas_rl.engine.attention import attend, uses_cpu_kernels
 from atlas_rl.engine.batch import ForwardBatch
@@ -52,9 +52,17 @@ class PagedEagle:
 
     def refresh(self) -> None:
         """Take over the head's weights after they have changed in place."""
-        for linear in (self.fc, self.qkv, self.out, self.gate_up, self.down, self.lm_head):
-            if linear is not None:
-                linear.refresh()
+        for linear in self._linears():
+            linear.refresh()
+
+    def memory_key(self) -> tuple[int, ...]:
+        """Changes whenever a forward would read other memory."""
+        weights = [linear.weight.data_ptr() for linear in self._linears() if isinstance(linear, JoinedLinear)]
+        return (self.cos_PD.data_ptr(), self.sin_PD.data_ptr(), *weights)
+
+    def _linears(self) -> list[PackedLinear | JoinedLinear]:
+        linears = (self.fc, self.qkv, self.out, self.gate_up, self.down, self.lm_head)
+        return [linear for linear in linears if linear is not None]
 
     def __call__(self, batch: ForwardBatch, embeds_ND: torch.Tensor, states_ND: torch.Tensor) -> torch.Tensor:
         """Outputs [N, D], before the final norm, of pairs at the batch's positions."""
@@ -75,19 +83,20 @@ class PagedEagle:
         return cpu.rms_norm(x_ND, weight, self.eps) if fast else torch.rms_norm(x_ND, weight.shape, weight, self.eps)
 
     def _rotate_and_store(self, qkv_ND: torch.Tensor, batch: ForwardBatch, fast: bool) -> torch.Tensor:
-        self._grow_rotations(batch.num_kv_slots)
+        self.grow_rotations(batch.num_kv_slots)
         cos_PD, sin_PD, head = self.cos_PD, self.sin_PD, self.head
-        if fast:
-            kv_layer = batch.kv_cache.layers[0]
-            places = (batch.positions_N, batch.slots_N)
-            return cpu.rope_and_store(qkv_ND, None, None, 0.0, cos_PD, sin_PD, *places, kv_layer)
+        on_device = batch.is_padded or uses_triton(qkv_ND)
+        if on_device or fast:
+            places = (batch.positions_N, batch.slots_N, batch.kv_cache.layers[0])
+            store = rope_and_store if on_device else cpu.rope_and_store
+            return store(qkv_ND, None, None, 0.0, cos_PD, sin_PD, *places)
         cos, sin = (torch.cat([x, x], dim=1)[batch.positions_N][:, None] for x in (cos_PD, sin_PD))
         heads = qkv_ND.unflatten(1, (-1, head.head_dim))
         query, key, value = heads.split([head.num_heads, head.num_kv_heads, head.num_kv_heads], dim=1)
         batch.kv_cache.store(0, batch.token_places, rotate(key, cos, sin), value)
         return rotate(query, cos, sin)
 
-    def _grow_rotations(self, num_positions: int) -> None:
+    def grow_rotations(self, num_positions: int) -> None:
         """Cosines and sines [P, d / 2] of at least so many positions."""
         if len(self.cos_PD) < num_positions:
             positions = torch.arange(1 << (num_positions - 1).bit_length(), device=self.final_norm.device)

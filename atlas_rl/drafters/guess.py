@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from atlas_kernels import gumbel_noise
+from atlas_kernels import coupled_sample, device_row_keys, filter_thresholds, gumbel_noise
 from atlas_rl.engine.sampling import SamplingBatch, filter_scores
 from atlas_rl.types import SamplingParams
 
@@ -44,6 +44,28 @@ def draw(
         scores_RV = scores_RV + gumbel_noise(places.keys_2N, scores_RV.shape[1])
     best = scores_RV.topk(2, dim=-1)
     return best.indices[:, 0], best.values[:, 0] - best.values[:, 1]
+
+
+def draw_within(
+    logits_RV: torch.Tensor,
+    params: SamplingParams,
+    seeds_R: torch.Tensor,
+    positions_R: torch.Tensor,
+    token_ids_V: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`draw` within a captured step: guesses alone. `token_ids_V`: the tokens that the columns stand for (-1: none).
+
+    The policy's way of drawing, with its noise; a token that cannot be drawn yet may be guessed.
+    """
+    if params.is_greedy:
+        return coupled_sample(logits_RV, None, 1.0, token_ids_V=token_ids_V)[0]
+    thresholds_R = None
+    if params.has_filters:
+        cuts = {"top_k": params.top_k, "top_p": params.top_p, "min_p": params.min_p}
+        thresholds_R = filter_thresholds(logits_RV, params.temperature, **cuts)
+    keys_2R = device_row_keys(seeds_R, positions_R)
+    options = {"thresholds_N": thresholds_R, "token_ids_V": token_ids_V}
+    return coupled_sample(logits_RV, keys_2R, params.temperature, **options)[0]
 
 
 class Calibration:

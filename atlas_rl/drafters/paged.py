@@ -34,6 +34,8 @@ class PagedDrafter(Drafter):
         self.calibration = Calibration()
         self.sampling = SamplingParams()
         self.kv_cache: KVCache | None = None
+        self.kept_cache: KVCache | None = None
+        """Of the last rollout, where steps stay captured over it."""
         self.rows: dict[int, DraftRow] = {}
         """Rows that decode, by id."""
         self.proposed: dict[int, tuple[int, np.ndarray, np.ndarray]] = {}
@@ -60,11 +62,17 @@ class PagedDrafter(Drafter):
     def logits(self, states_RD: torch.Tensor) -> torch.Tensor:
         """[R, V], over the policy's vocabulary."""
 
+    def draft_logits(self, states_RD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same over the tokens that it knows, and which these are; None: the policy's."""
+        return self.logits(states_RD), None
+
     # ---- the life of a rollout -------------------------------------------------------------------------------------------
 
     def wake(self, sampling: SamplingParams, num_blocks: int, block_size: int) -> None:
         self.sampling = sampling
-        self.kv_cache = KVCache(self.kv_shape(block_size), num_blocks, self.device)
+        shape, kept, self.kept_cache = self.kv_shape(block_size), self.kept_cache, None
+        fits = kept is not None and (kept.shape, kept.num_blocks) == (shape, num_blocks)
+        self.kv_cache = kept if fits else KVCache(shape, num_blocks, self.device)
 
     def sleep(self) -> None:
         self.kv_cache = None

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from atlas_kernels import coupled_sample, device_row_keys, filter_thresholds, fused_linear
+from atlas_kernels import fused_linear
+from atlas_rl.drafters.guess import draw_within
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.decode_state import DecodeState, to_device
 from atlas_rl.engine.twin import scale_logits
@@ -38,7 +39,7 @@ class RecurrentStep:
         self.features_SLD: torch.Tensor | None = None
         """The tapped layers' outputs and the last hidden state where each slot's last token was drawn."""
 
-    def wake(self, sampling: SamplingParams, num_slots: int) -> None:
+    def wake(self, sampling: SamplingParams, num_slots: int, num_positions: int) -> None:
         """A rollout begins; weights and words may have changed since the last one."""
         view, head = self.view, self.drafter.head
         self.sampling = sampling
@@ -50,20 +51,26 @@ class RecurrentStep:
         if self.features_SLD is None or self.features_SLD.shape != dims:
             self.features_SLD = torch.zeros(dims, dtype=view.hidden_dtype, device=view.device)
 
+    def sleep(self, keep: bool) -> None:
+        """What it holds of a rollout is little, and stays."""
+
     def memory_key(self) -> Hashable:
         """Changes with the memory that captured steps read."""
         words = (0, 0) if self.ids_V is None else (self.ids_V.data_ptr(), self.weight_VD.data_ptr())
         return (self.features_SLD.data_ptr(), *words)
 
-    def admit(self, slots: list[int], batch: ForwardBatch | None, places: np.ndarray) -> None:
+    def admit(self, slots: list[int], batch: ForwardBatch | None, places: np.ndarray, state: DecodeState) -> None:
         """Rows begin; the last token of row i's prefix is at places[i] of the batch, -1: there is none."""
         at = to_device(np.array([slots, places], np.int64), self.view.device)
         self.features_SLD.index_fill_(0, at[0], 0)
         if batch is not None:
             known = to_device(np.flatnonzero(places >= 0), self.view.device)
-            self.keep(at[0][known], batch, at[1][known])
+            self._take(at[0][known], batch, at[1][known])
 
-    def keep(self, slots_R: torch.Tensor, batch: ForwardBatch, places_R: torch.Tensor) -> None:
+    def keep(self, slots_R: torch.Tensor, batch: ForwardBatch, places_R: torch.Tensor, tokens_N: torch.Tensor) -> None:
+        self._take(slots_R, batch, places_R)
+
+    def _take(self, slots_R: torch.Tensor, batch: ForwardBatch, places_R: torch.Tensor) -> None:
         """The features that each row's next draft starts from are at these places of the batch."""
         sources = [*(batch.tapped[layer] for layer in self.head.layers), batch.hidden_ND]
         features = torch.stack([source[places_R].to(self.features_SLD.dtype) for source in sources], dim=1)
@@ -80,7 +87,7 @@ class RecurrentStep:
         guesses = []
         for depth in range(num_drafts):
             states_RD = self.head.step(states_RD, F.embedding(last_R, embedding))
-            guesses_R = self._draw(self._logits(states_RD), seeds_R, drawn_R + depth)
+            guesses_R = draw_within(self._logits(states_RD), self.sampling, seeds_R, drawn_R + depth, self.ids_V)
             last_R = guesses_R.clamp(min=0)  # of logits that are NaN anything may come
             guesses.append(last_R)
         return torch.stack(guesses, dim=1)
@@ -91,19 +98,6 @@ class RecurrentStep:
             return self.view.logits(hidden_RD.to(self.view.hidden_dtype))
         logits_RV = fused_linear(hidden_RD, [self.weight_VD], [self.bias_V])
         return scale_logits(logits_RV, self.view.model.config) if self.view.scales_logits else logits_RV
-
-    def _draw(self, logits_RV: torch.Tensor, seeds_R: torch.Tensor, positions_R: torch.Tensor) -> torch.Tensor:
-        """The policy's way of drawing, with its noise; a token that cannot be drawn yet may be guessed."""
-        params = self.sampling
-        if params.is_greedy:
-            return coupled_sample(logits_RV, None, 1.0, token_ids_V=self.ids_V)[0]
-        thresholds_R = None
-        if params.has_filters:
-            cuts = {"top_k": params.top_k, "top_p": params.top_p, "min_p": params.min_p}
-            thresholds_R = filter_thresholds(logits_RV, params.temperature, **cuts)
-        keys_2R = device_row_keys(seeds_R, positions_R)
-        options = {"thresholds_N": thresholds_R, "token_ids_V": self.ids_V}
-        return coupled_sample(logits_RV, keys_2R, params.temperature, **options)[0]
 
     def _take_words(self) -> None:
         """Copy the output head's rows of the draft vocabulary; other memory is taken only where it has outgrown its own."""

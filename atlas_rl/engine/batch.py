@@ -13,7 +13,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from atlas_kernels import SharedPrefixes
+from atlas_kernels import SharedPrefixes, StepInputs
 from atlas_rl.engine.kv_cache import KVCache
 
 
@@ -92,6 +92,23 @@ class ForwardBatch:
             query_lens=query_lens,
             max_query_len=max_query_len,
             num_cached=int(start_R.sum()),
+        )
+
+    @classmethod
+    def of_step(
+        cls, kv_cache: KVCache, inputs: StepInputs, query_starts_R: torch.Tensor, num_places: int
+    ) -> ForwardBatch:
+        """Within a captured step: so many places for each row, those beyond its query length are padding."""
+        return cls(
+            kv_cache=kv_cache,
+            input_ids_N=inputs.input_ids_N,
+            positions_N=inputs.positions_N,
+            slots_N=inputs.kv_slots_N,
+            block_tables_RM=inputs.block_tables_RM,
+            starts_R=inputs.starts_R,
+            query_lens_R=inputs.query_lens_R,
+            query_starts_R=query_starts_R,
+            max_query_len=num_places,
         )
 
     @property

@@ -80,7 +80,8 @@ def _calibrate_captured(engine: RolloutEngine, max_seconds: float, rows: Sequenc
     """The same with captured steps, over padding: what rows attend to is added as they decode."""
     start, captured, step_cost = time.perf_counter(), engine.captured, engine.step_cost
     cache = KVCache(engine.view.kv_shape(BLOCK_SIZE), 1, engine.view.device)
-    captured.wake(cache, SamplingParams(), max(rows), CONTEXT)
+    engine.speculator.wake(SamplingParams(), cache.num_blocks, BLOCK_SIZE)
+    captured.wake(cache, SamplingParams(), max(rows), CONTEXT, engine.controller.benched)
     try:
         for num_rows in rows:
             for depth in DEPTHS:
@@ -96,7 +97,8 @@ def _calibrate_captured(engine: RolloutEngine, max_seconds: float, rows: Sequenc
     except CaptureFailed as error:
         logger.warning("decode steps are not captured, decoding is slower: %s", error)
     finally:
-        captured.forget()
+        engine.speculator.sleep()
+        captured.sleep(keep=False)
     return time.perf_counter() - start
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from itertools import chain
 from statistics import median
@@ -122,8 +122,8 @@ class CapturedSteps:
         """Per row, of the host: it makes them few lengths, the powers of two."""
         self.view = view
         self.graphs = graphs
-        self.drafters = drafters
-        """Who can draft within a step, by name."""
+        self.drafters = self.all_drafters = drafters
+        """Who can draft within a step, by name; in this rollout, and at all."""
         self.steps: dict[StepKey, Graph[StepOutputs]] = {}
         self.wanted: dict[StepKey, int] = {}
         """Steps that ran in a larger bucket than they wanted."""
@@ -141,18 +141,27 @@ class CapturedSteps:
 
     # ---- the life of a rollout -------------------------------------------------------------------------------------------
 
-    def wake(self, kv_cache: KVCache, sampling: SamplingParams, num_rows: int, num_tokens: int) -> None:
-        """A rollout of at most so many rows at once, of at most so many tokens each."""
+    def wake(
+        self,
+        kv_cache: KVCache,
+        sampling: SamplingParams,
+        num_rows: int,
+        num_tokens: int,
+        benched: Collection[str] = (),
+    ) -> None:
+        """A rollout of at most so many rows at once, of at most so many tokens each; the drafters in `benched` take no part."""
         shape, device = kv_cache.shape, self.view.device
         num_blocks = 1 << (-(-num_tokens // shape.block_size) - 1).bit_length()
-        self.view.prepare_positions(num_blocks * shape.block_size)
+        num_positions = num_blocks * shape.block_size
+        self.view.prepare_positions(num_positions)
         memory = (kv_cache.memory_L2NHSD.data_ptr(), kv_cache.memory_L2NHSD.shape)
         sampled = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.min_new_tokens)
         stops = tuple(sorted(sampling.stopping_ids))
         early = tuple(i for i in {*sampling.eos_token_ids, *sampling.stop_token_ids} if 0 <= i < self.view.vocab_size)
+        self.drafters = {name: drafter for name, drafter in self.all_drafters.items() if name not in benched}
         for drafter in self.drafters.values():
-            drafter.wake(sampling, num_rows + 1)
-        keys = (self.view.memory_key(), *(drafter.memory_key() for drafter in self.drafters.values()))
+            drafter.wake(sampling, num_rows + 1, num_positions)
+        keys = (self.view.memory_key(), *((name, drafter.memory_key()) for name, drafter in self.drafters.items()))
         signature = (memory, shape, sampled, stops, early, num_rows, num_blocks, keys)
         if signature != self.signature:
             self.forget()
@@ -176,8 +185,9 @@ class CapturedSteps:
     def admit(self, sequences: list[Sequence], batch: ForwardBatch | None, places: np.ndarray) -> None:
         """Rows begin; the last token of row i's prefix is at places[i] of the prefilled batch, -1: there is none."""
         slots = self.state.slots_of(sequences)
+        self.state.upload_tables(sequences)
         for drafter in self.drafters.values():
-            drafter.admit(slots, batch, places)
+            drafter.admit(slots, batch, places, self.state)
 
     def sleep(self, keep: bool) -> None:
         """The rollout is over. What was captured goes with the KV memory, unless that is kept."""
@@ -185,6 +195,8 @@ class CapturedSteps:
             self.state.forget()
         if not keep:
             self.forget()
+        for name, drafter in self.all_drafters.items():
+            drafter.sleep(keep and name in self.drafters)
 
     def forget(self) -> None:
         """Drop what was captured, and the memory that it holds."""
@@ -351,17 +363,7 @@ class CapturedSteps:
                 draft_lens_R,
                 self.kv_cache.shape.block_size,
             )
-            batch = ForwardBatch(
-                kv_cache=self.kv_cache,
-                input_ids_N=inputs.input_ids_N,
-                positions_N=inputs.positions_N,
-                slots_N=inputs.kv_slots_N,
-                block_tables_RM=inputs.block_tables_RM,
-                starts_R=inputs.starts_R,
-                query_lens_R=inputs.query_lens_R,
-                query_starts_R=query_starts_R,
-                max_query_len=num_places,
-            )
+            batch = ForwardBatch.of_step(self.kv_cache, inputs, query_starts_R, num_places)
             if shares:
                 places = (first_P * num_places, num_rows_P * num_places)
                 batch.shared = SharedPrefixes(*places, first_P, shared_R, num_rows * num_places)
@@ -370,7 +372,7 @@ class CapturedSteps:
             drawn = (inputs.input_ids_N, tokens_N, logprobs_N, inputs.query_lens_R)
             out_RW, last_places_R = finish_step(slots_R, *drawn, self.stop_ids_E, *rows)
             for drafter in self.drafters.values():  # also those that are not asked: they may be at any step
-                drafter.keep(slots_R, batch, last_places_R)
+                drafter.keep(slots_R, batch, last_places_R, tokens_N)
             return StepOutputs(out_RW, hidden_ND, batch.tapped)
 
         return step

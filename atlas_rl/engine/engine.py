@@ -157,7 +157,8 @@ class RolloutEngine:
         parts = (self.scheduler, self.speculator, self.step_cost, sampling, self.stats)
         if self.captured is not None and self.captured.failure is None and self.captured.supports(sampling):
             longest = max(seq.max_tokens for group in groups for seq in group.sequences)
-            self.captured.wake(self.kv_cache, sampling, config.max_num_seqs, longest)
+            rows = (config.max_num_seqs, longest)
+            self.captured.wake(self.kv_cache, sampling, *rows, self.controller.benched)
             self.speculator.within = frozenset(self.captured.drafters)
             self.decoding = PipelinedDecoding(self.captured, self.runner, *parts)
         else:
@@ -169,7 +170,8 @@ class RolloutEngine:
         that no policy update can leave it stale."""
         self.runner = self.scheduler = self.decoding = None
         self.speculator.sleep()
-        keep = self.captured is not None and self.kv_cache is not None and is_little(self.kv_cache)
+        block_bytes = self.speculator.kv_block_bytes(self.config.engine.block_size)
+        keep = self.captured is not None and self.kv_cache is not None and is_little(self.kv_cache, block_bytes)
         if self.captured is not None:
             self.captured.sleep(keep)
         if not keep:

@@ -41,7 +41,8 @@ def take_kv(
     if kept is not None and kept.num_blocks >= num_blocks:
         return kept
     rounded = 1 << (num_blocks - 1).bit_length()
-    if config.kv_memory_gib is None and rounded * shape.block_bytes <= _little_bytes(device):
+    block_bytes = shape.block_bytes + drafter_block_bytes
+    if config.kv_memory_gib is None and rounded * block_bytes <= _little_bytes(device):
         num_blocks = rounded  # to be kept, also for rollouts that need a little more
     while True:
         try:
@@ -83,10 +84,10 @@ def kv_blocks(
     return least, min(bound, max(least, prefix_blocks + sum(concurrent) + len(concurrent)))
 
 
-def is_little(kv_cache: KVCache) -> bool:
-    """Whether it may be kept: a trainer would not miss it."""
+def is_little(kv_cache: KVCache, drafter_block_bytes: int = 0) -> bool:
+    """Whether it may be kept, and what drafters keep beside it: a trainer would not miss it."""
     memory = kv_cache.memory_L2NHSD
-    return memory.nbytes <= _little_bytes(memory.device)
+    return memory.nbytes + kv_cache.num_blocks * drafter_block_bytes <= _little_bytes(memory.device)
 
 
 def give_back(device: torch.device) -> None:

@@ -31,6 +31,8 @@ class PipelinedDecoding(EagerDecoding):
         self.in_flight: InFlight | None = None
         self.last_done = 0.0
         """When the last step was known to be done."""
+        self.last_drafter = ""
+        """Within the step that was launched last."""
 
     def step(self) -> None:
         if self.steps.failure is None:
@@ -38,7 +40,6 @@ class PipelinedDecoding(EagerDecoding):
                 return self._step()
             except CaptureFailed as error:
                 self._give_up(str(error))
-        self.drain()
         return super().step()
 
     def started(self, sequences: list[Sequence], batch: ForwardBatch | None, places: np.ndarray) -> None:
@@ -51,19 +52,26 @@ class PipelinedDecoding(EagerDecoding):
     def _give_up(self, reason: str) -> None:
         """Decode without captured steps from now on; drafters within them go on as the host's."""
         logger.warning("decode steps are not captured any more, decoding is slower: %s", reason)
+        self.drain()  # what a step in flight has left is known to those within it alone
         self.steps.failure = reason
         self.speculator.within = frozenset()
 
     def drain(self) -> None:
         if self.in_flight is not None:
             step, self.in_flight = self.in_flight, None
+            next_plan = self.speculator.plan
             self._collect(step)
+            self.speculator.plan = next_plan
 
     def _step(self) -> None:
         speculator = self.speculator
         if self.in_flight is not None and all(seq.num_remaining <= 1 for seq in self.scheduler.running):
             return self.drain()  # the step in flight is the last one
         speculator.choose(self.scheduler, self.stats)
+        if speculator.must_rejoin(self.last_drafter):
+            self.drain()
+            if not self.scheduler.running:
+                return None
         num_drafts = self._drafts_within()
         if num_drafts is None:  # drafts are the host's to make
             self.drain()
@@ -100,13 +108,16 @@ class PipelinedDecoding(EagerDecoding):
         self._collect(step)
 
     def _launch(self, num_drafts: int, drafts: list[list[int]] | None = None) -> InFlight:
-        start = time.perf_counter()
+        start, drafting = time.perf_counter(), 0.0
         speculator = self.speculator
         drafter = speculator.plan.arm[0] if num_drafts and drafts is None else ""
+        if drafter and speculator.must_rejoin(self.last_drafter):
+            drafting = speculator.rejoin(self.scheduler.running, self.stats)
+        self.last_drafter = drafter
         step = self.steps.launch(
             self.scheduler.running, num_drafts, drafter=drafter, drafts=drafts, keep_hidden=speculator.wants_hidden
         )
-        step.plan, step.launched = speculator.plan, start
+        step.plan, step.launched, step.drafting = speculator.plan, start, drafting
         return step
 
     def _collect(self, step: InFlight) -> None:

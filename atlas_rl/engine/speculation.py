@@ -91,6 +91,12 @@ class Speculator:
         """Drafters that look at hidden states, and are not within captured steps to see them."""
         return [drafter for drafter in self.active if drafter.layers is not None and drafter.name not in self.within]
 
+    @property
+    def prefix_readers(self) -> list[Drafter]:
+        """Those, and drafters within captured steps that have KV of prefixes."""
+        named = {drafter.name for drafter in self.readers}
+        return [d for d in self.active if d.name in named or (d.uses_blocks and d.layers is not None)]
+
     def kv_block_bytes(self, block_size: int) -> int:
         """What drafters keep per block of the policy's KV."""
         return sum(drafter.kv_shape(block_size).block_bytes for drafter in self.active if drafter.uses_blocks)
@@ -117,9 +123,9 @@ class Speculator:
 
     def prefilled(self, batch: ForwardBatch | None, chunks: list[PrefillChunk], copies: list[tuple[int, int]]) -> None:
         """After a prefill forward, before the engine copies blocks of its own cache."""
-        if batch is not None and self.readers:
+        if batch is not None and self.prefix_readers:
             following = [c.group.token_after(c.end) for c in chunks if c.end > c.start]
-            for drafter in self.readers:
+            for drafter in self.prefix_readers:
                 self._call(drafter, "prefilled", batch, np.array(following, np.int64))
         for drafter in self.active:
             if drafter.uses_blocks:
@@ -189,6 +195,19 @@ class Speculator:
         self.plan.expected = np.array([num_rows * survival_K.sum()])
         return num_drafts
 
+    def must_rejoin(self, drafter_before: str) -> bool:
+        """Whether the arm drafts within the step and its drafter has to be told what others, such as that one, have drafted."""
+        name = self.plan.arm[0] if self.plan.arm else ""
+        return name in self.within and name != drafter_before and not self.drafters[name].keeps_up
+
+    def rejoin(self, sequences: list[Sequence], stats: RolloutStats) -> float:
+        """Tell it; returns the seconds that it took."""
+        start = time.perf_counter()
+        self._call(self.drafters[self.plan.arm[0]], "rejoin", sequences)
+        seconds = time.perf_counter() - start
+        stats.seconds["draft"] += seconds
+        return seconds
+
     def propose(self, scheduler: Scheduler, stats: RolloutStats) -> list[list[int]]:
         """The drafts of the arm that was chosen; it leaves the plan where there are none."""
         start = time.perf_counter()
@@ -223,7 +242,9 @@ class Speculator:
             if len(self.uncounted) >= COUNT_EVERY:
                 self._count(stats)
         for drafter in self.active:
-            if drafter.name in self.plan.arm:
+            if drafter.name in self.within and drafter.name in self.plan.arm:
+                self._call(drafter, "drafted_within", sequences)
+            elif drafter.name in self.plan.arm:
                 mine = 1 if len(self.plan.arm) == 1 else self.plan.sources == self.plan.arm.index(drafter.name)
                 self._call(drafter, "observe", sequences, drafted * mine, accepted * mine)
             else:  # told in one go, before it is asked again

@@ -112,7 +112,7 @@ def test_guesses_over_a_draft_vocabulary(sampling: SamplingParams):
             drafter.bind(view)
             drafter.vocabulary.ids = words
             step = drafter.within_step()
-            step.wake(sampling, 21)
+            step.wake(sampling, 21, 64)
             step.features_SLD.copy_(torch.randn(step.features_SLD.shape, generator=torch.Generator().manual_seed(0)))
             guesses.append(step.draft(1, slots, state)[:, 0])
     whole, sliced = guesses

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from helpers import logprobs_of, make_requests, tiny_llama, tiny_qwen3
@@ -9,6 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import atlas_kernels
 from atlas_rl.config import AtlasConfig
+from atlas_rl.drafters.draft_model import DraftModelDrafter
+from atlas_rl.drafters.eagle import EagleDrafter
+from atlas_rl.drafters.eagle_head import EagleHead
 from atlas_rl.drafters.recurrent import RecurrentDrafter
 from atlas_rl.drafters.recurrent_head import RecurrentHead
 from atlas_rl.engine.engine import RolloutEngine
@@ -83,6 +88,29 @@ def test_captured_steps_of_kernels_make_the_same_tokens(make, dtype, lookahead, 
     for a, b in zip(made, expected, strict=True):
         assert a.token_ids == b.token_ids
         assert torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle of some words", "draft model"])
+def test_drafters_with_a_cache_within_captured_steps(kind: str, on_triton):
+    """They make the guesses that they make where their ops are the twins."""
+    model, requests, counts = tiny_llama(), make_requests(2, 2, 8), []
+    for is_on_triton in (False, True):
+        on_triton(is_on_triton)
+        view = PolicyView(model)
+        if kind == "draft model":
+            drafter = DraftModelDrafter(copy.deepcopy(model))
+        else:
+            torch.manual_seed(0)
+            size = 50 if "words" in kind else None
+            drafter = EagleDrafter(EagleHead.for_policy(model.config, (0, 1), draft_vocab_size=size))
+        engine = RolloutEngine(
+            view, AtlasConfig(lookahead=2), drafter, graphs=StrictGraphs() if is_on_triton else EagerGraphs()
+        )
+        made = engine.generate(requests, SamplingParams(max_new_tokens=8))
+        assert engine.captured.failure is None and not engine.controller.benched
+        counts.append((engine.stats.drafters[drafter.name], [r.token_ids for r in made]))
+    assert counts[0] == counts[1] and counts[0][0].proposed
+    assert kind != "draft model" or counts[0][0].accepted == counts[0][0].proposed
 
 
 def test_autocast_keeps_the_residual_stream_in_float32(on_triton):
