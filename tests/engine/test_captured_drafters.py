@@ -151,22 +151,26 @@ def test_guesses_are_the_hosts(kind: str, sampling: SamplingParams, view: Policy
         assert 0 < drafted.accepted < drafted.proposed
 
 
+@pytest.mark.parametrize("has_room", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_guesses_stay_the_hosts_where_drafters_take_turns(kind: str, view: PolicyView, monkeypatch):
-    """After plain steps, steps of a drafter within them, and steps of the host's."""
+def test_guesses_stay_the_hosts_where_drafters_take_turns(kind: str, has_room: bool, view: PolicyView, monkeypatch):
+    """After plain steps, steps of a drafter within them, and steps of the host's; with rows that are preempted among them."""
     host_drafter = KINDS[kind](view)
     expected = record_host(monkeypatch, host_drafter)
     RolloutEngine(view, AtlasConfig(lookahead=LOOKAHEAD), host_drafter).generate(requests_of(), SAMPLING)
     within, drafter = record_within(monkeypatch), KINDS[kind](view)
     torch.manual_seed(0)
     other = RecurrentDrafter(RecurrentHead.for_policy(view).to(view.compute_dtype))
-    engine = RolloutEngine(
-        view, AtlasConfig(lookahead=LOOKAHEAD), [SuffixDrafter(), other, drafter], graphs=EagerGraphs()
-    )
+    drafter.bind(view)
+    block_bytes = view.kv_shape(4).block_bytes + drafter.kv_shape(4).block_bytes
+    memory = EngineConfig(block_size=4, kv_memory_gib=(1000 if has_room else 60) * block_bytes / 2**30)
+    config = AtlasConfig(lookahead=LOOKAHEAD, engine=memory)
+    engine = RolloutEngine(view, config, [SuffixDrafter(), other, drafter], graphs=EagerGraphs())
     mine = (drafter.name,)
     engine.controller.choose = Alternating((), mine, ("recurrent",), mine, mine, ("suffix",), mine, (), (), mine)
     engine.generate(requests_of(), SAMPLING)
     assert engine.captured.failure is None and not engine.controller.benched
+    assert (engine.stats.preemptions > 0) != has_room
     shared = [key for key in within if key in expected and within[key]]
     assert len(shared) > (0 if kind == "copy" else 30)  # where all is accepted, steps seldom meet
     assert [within[key] for key in shared] == [expected[key] for key in shared]
