@@ -151,6 +151,41 @@ def test_guesses_are_the_hosts(kind: str, sampling: SamplingParams, view: Policy
         assert 0 < drafted.accepted < drafted.proposed
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_drafts_start_from_the_hosts_states(kind: str, view: PolicyView, monkeypatch):
+    """Also the first ones, of rows that have just begun."""
+    drafter, states = KINDS[kind](view), {None: [], "within": []}
+    catch_up, first_states = drafter.catch_up, type(drafter.within_step()).first_states
+
+    def on_host(rows):
+        able, states_RD = catch_up(rows)
+        states[None].append(states_RD)
+        return able, states_RD
+
+    def within(self, rows, slots_R):
+        states_RD = first_states(self, rows, slots_R)
+        if slots_R.any():  # not over padding, before a step is captured
+            states["within"].append(states_RD)
+        return states_RD
+
+    monkeypatch.setattr(drafter, "catch_up", on_host)
+    monkeypatch.setattr(type(drafter.within_step()), "first_states", within)
+    for graphs in (None, EagerGraphs()):
+        engine = RolloutEngine(view, AtlasConfig(lookahead=LOOKAHEAD), drafter, graphs=graphs)
+        engine.generate(requests_of(), SAMPLING)
+    for expected, made in zip(states[None][:4], states["within"][:4], strict=True):
+        torch.testing.assert_close(made[: len(expected)], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_copy_of_the_policy_is_right_from_the_first_token_on(view: PolicyView):
+    """Also where that is all of a prompt: no token comes before it."""
+    requests = [RolloutRequest(prompt_ids=(5 + i % 3,), seed=i, max_new_tokens=24) for i in range(6)]
+    engine = RolloutEngine(view, AtlasConfig(lookahead=LOOKAHEAD), copy_of(view), graphs=EagerGraphs())
+    engine.generate(requests, SAMPLING)
+    counts = engine.stats.drafters["draft_model"]
+    assert counts.accepted == counts.proposed and engine.stats.decode_steps == 24 // (1 + LOOKAHEAD)
+
+
 @pytest.mark.parametrize("has_room", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_guesses_stay_the_hosts_where_drafters_take_turns(kind: str, has_room: bool, view: PolicyView, monkeypatch):
