@@ -85,11 +85,21 @@ class PagedEagle:
     def _rotate_and_store(self, qkv_ND: torch.Tensor, batch: ForwardBatch, fast: bool) -> torch.Tensor:
         self.grow_rotations(batch.num_kv_slots)
         cos_PD, sin_PD, head = self.cos_PD, self.sin_PD, self.head
-        on_device = batch.is_padded or uses_triton(qkv_ND)
-        if on_device or fast:
-            places = (batch.positions_N, batch.slots_N, batch.kv_cache.layers[0])
-            store = rope_and_store if on_device else cpu.rope_and_store
-            return store(qkv_ND, None, None, 0.0, cos_PD, sin_PD, *places)
+        arguments = (
+            qkv_ND,
+            None,
+            None,
+            0.0,
+            cos_PD,
+            sin_PD,
+            batch.positions_N,
+            batch.slots_N,
+            batch.kv_cache.layers[0],
+        )
+        if batch.is_padded or uses_triton(qkv_ND):
+            return rope_and_store(*arguments)
+        if fast:
+            return cpu.rope_and_store(*arguments)
         cos, sin = (torch.cat([x, x], dim=1)[batch.positions_N][:, None] for x in (cos_PD, sin_PD))
         heads = qkv_ND.unflatten(1, (-1, head.head_dim))
         query, key, value = heads.split([head.num_heads, head.num_kv_heads, head.num_kv_heads], dim=1)

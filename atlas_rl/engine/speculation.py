@@ -94,8 +94,7 @@ class Speculator:
     @property
     def prefix_readers(self) -> list[Drafter]:
         """Those, and drafters within captured steps that have KV of prefixes."""
-        named = {drafter.name for drafter in self.readers}
-        return [d for d in self.active if d.name in named or (d.uses_blocks and d.layers is not None)]
+        return [d for d in self.active if d.layers is not None and (d.uses_blocks or d.name not in self.within)]
 
     def kv_block_bytes(self, block_size: int) -> int:
         """What drafters keep per block of the policy's KV."""
