@@ -65,6 +65,7 @@ def paged_attention(
     if query_starts_R is None:
         query_starts_R = query_lens_R.cumsum(0) - query_lens_R
     groups = query_NHD.shape[1] // kv_2BHSD.shape[2]
+    slots_S = torch.arange(block_tables_RM.shape[1] * kv_2BHSD.shape[3], device=query_NHD.device)
     rows = zip(block_tables_RM, starts_R.tolist(), query_starts_R.tolist(), query_lens_R.tolist(), strict=True)
     for blocks_M, start, first, length in rows:
         keys, values = kv_2BHSD[:, blocks_M].transpose(1, 2).flatten(2, 3).repeat_interleave(groups, 1).unbind(0)
@@ -72,8 +73,8 @@ def paged_attention(
         scores = query_HQD @ keys.transpose(1, 2) * scaling
         if softcap:
             scores = torch.tanh(scores / softcap) * softcap
-        distance = torch.arange(start, start + length)[:, None] - torch.arange(keys.shape[1])
-        hidden = (distance < 0) | (distance >= (sliding_window or keys.shape[1]))
+        distance = torch.arange(start, start + length, device=slots_S.device)[:, None] - slots_S
+        hidden = (distance < 0) | (distance >= (sliding_window or len(slots_S)))
         attended_HQD = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values
         output_NHD[first : first + length] = attended_HQD.transpose(0, 1).to(output_NHD.dtype)
     return output_NHD
