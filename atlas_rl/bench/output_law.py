@@ -4,6 +4,7 @@ and memory.
     python -m atlas_rl.bench.output_law                                    # a tiny random model in float64: no difference
     python -m atlas_rl.bench.output_law --model shipped                    # the shipped policy on its own prompts, likewise
     python -m atlas_rl.bench.output_law --model shipped --dtype float32    # on packed weights: float ties only
+    python -m atlas_rl.bench.output_law --captured                         # by the steps that a GPU captures, called one by one
 
 In float32 a first difference has to be a float tie: two perturbed scores within 1e-4 of each other. Everything after it differs
 for that reason, so only first differences are judged; their rate is printed.
@@ -15,7 +16,7 @@ import argparse
 import copy
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -34,6 +35,7 @@ from atlas_rl.drafters.recurrent import RecurrentDrafter
 from atlas_rl.drafters.recurrent_head import RecurrentHead
 from atlas_rl.drafters.suffix import SuffixDrafter
 from atlas_rl.engine.engine import RolloutEngine
+from atlas_rl.engine.graphs import EagerGraphs, GraphBackend
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.types import Rollout, RolloutRequest, SamplingParams
 
@@ -67,15 +69,15 @@ class LawReport:
 
 
 def check_output_law(
-    model: PreTrainedModel, requests: list[RolloutRequest], sampling: SamplingParams
+    model: PreTrainedModel, requests: list[RolloutRequest], sampling: SamplingParams, graphs: GraphBackend | None = None
 ) -> Iterator[LawReport]:
-    """Run every variant against plain decoding in one batch; a report per variant."""
+    """Run every variant against plain decoding in one batch; a report per variant. `graphs`: variants run on captured steps."""
     view = PolicyView(model)
     plain = RolloutEngine(view, AtlasConfig(speculate=False)).generate(requests, sampling)
     for name, config, drafters, order in _variants(view, requests, plain):
-        engine = RolloutEngine(view, config, drafters)
+        engine = RolloutEngine(view, config, drafters, graphs=graphs)
         if len(drafters) > 1:
-            engine.controller.choose = RandomArms(drafters)
+            engine.controller.choose = RandomArms(drafters, engine.speculator.alone)
         rollouts = engine.generate([requests[i] for i in order], sampling)
         by_request = dict(zip(order, rollouts, strict=True))
         report = LawReport(name, preemptions=engine.stats.preemptions, arms=len(engine.stats.arms))
@@ -137,11 +139,13 @@ def neural_drafters(view: PolicyView) -> list[Drafter]:
 
 
 class RandomArms:
-    """In the place of a controller's `choose`: another drafter at each step, two of them, or none."""
+    """In the place of a controller's `choose`: another drafter at each step, two of them (but for those that draft alone), or
+    none."""
 
-    def __init__(self, drafters: Sequence[Drafter]) -> None:
+    def __init__(self, drafters: Sequence[Drafter], alone: Collection[str]) -> None:
         names = [drafter.name for drafter in drafters]
-        self.arms = [(), *((name,) for name in names), *itertools.combinations(names, 2)]
+        pairs = itertools.combinations([name for name in names if name not in alone], 2)
+        self.arms = [(), *((name,) for name in names), *pairs]
         self.rng = random.Random(0)
 
     def __call__(self, num_rows: int, num_cached: int = 0) -> tuple[str, ...]:
@@ -199,6 +203,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["float64", "float32"], default="float64")
     parser.add_argument("--model", help="`shipped`, or the folder of a model; a tiny random Llama if absent")
     parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--captured", action="store_true", help="decode by the steps that are captured on a GPU")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     model = load_policy(args.model).to(dtype) if args.model else tiny_model(dtype)
@@ -207,7 +212,8 @@ def main() -> int:
         prompts = shipped_prompts(len(requests) // 8)
         requests = [replace(r, prompt_ids=prompts[i // 8]) for i, r in enumerate(requests)]
     failed = False
-    for report in check_output_law(model, requests, SamplingParams(max_new_tokens=args.max_new_tokens)):
+    graphs = EagerGraphs() if args.captured else None
+    for report in check_output_law(model, requests, SamplingParams(max_new_tokens=args.max_new_tokens), graphs):
         violations = report.violations(dtype)
         failed |= bool(violations)
         rate = 1e6 * len(report.differences) / report.num_tokens

@@ -87,7 +87,8 @@ class Drafter:
     """Decoder layers (from 0) whose outputs it reads in `batch.tapped`; () if `batch.hidden_ND` is enough, None if it looks at
     tokens alone: then `prefilled`, `started` and `verified` are not called."""
     uses_blocks: bool = False
-    """Whether it keeps KV of its own in the rows' blocks: these then have room for a draft before `propose` is called."""
+    """Whether it keeps KV of its own in the rows' blocks: these then have room for a draft before `propose` is called, and
+    `kv_shape(block_size)` says how much it is."""
 
     def bind(self, view: PolicyView) -> None:
         """Called once, before anything else. Embeddings and head of `view` are live: the policy's own at any time.

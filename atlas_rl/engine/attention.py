@@ -79,7 +79,8 @@ def attend(
     kv_cache = batch.kv_cache
     if batch.is_padded or uses_triton(query_NHD):
         rows = (batch.block_tables_RM, batch.starts_R, batch.query_lens_R)
-        places = {"query_starts_R": batch.query_starts_R, "max_query_len": batch.max_query_len, "shared": batch.shared}
+        shared = batch.shared if sliding_window is None else None  # a window moves through what is shared
+        places = {"query_starts_R": batch.query_starts_R, "max_query_len": batch.max_query_len, "shared": shared}
         return paged_attention(query_NHD, kv_cache.layers[layer], *rows, scaling, sliding_window, softcap, **places)
     queries_per_head = batch.max_query_len * query_NHD.shape[1] // kv_cache.shape.num_kv_heads
     if queries_per_head <= MAX_PAGED_QUERY and query_NHD.dtype == torch.float32 and uses_cpu_kernels(batch):

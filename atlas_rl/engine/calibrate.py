@@ -5,6 +5,8 @@ The controller corrects all of it as it decodes; measured beforehand, it need no
 
 from __future__ import annotations
 
+import itertools
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,9 +17,12 @@ import torch
 from atlas_rl.control.cost_model import MIN_SAMPLES
 from atlas_rl.drafters.base import Drafter
 from atlas_rl.engine.batch import ForwardBatch
+from atlas_rl.engine.captured import CaptureFailed, StepKey
 from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.kv_cache import KVCache
 from atlas_rl.types import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 ROWS = (1, 4, 16, 64)
 DEPTHS = (0, 1, 3, 7)
@@ -42,6 +47,8 @@ def calibrate(engine: RolloutEngine, max_seconds: float = 0.5, rows: Sequence[in
 
     Between rollouts only. Nothing of the policy or of what drafters know is changed.
     """
+    if engine.captured is not None and engine.captured.failure is None:
+        return _calibrate_captured(engine, max_seconds, rows)
     start = time.perf_counter()
     num_blocks = -(-(CONTEXT + max(DEPTHS) + 1) // BLOCK_SIZE)
     cache = KVCache(engine.view.kv_shape(BLOCK_SIZE), max(rows) * num_blocks, engine.view.device)
@@ -66,6 +73,30 @@ def calibrate(engine: RolloutEngine, max_seconds: float = 0.5, rows: Sequence[in
                     _propose(engine, drafter, fakes, batch)
                 except Exception as error:  # a drafter is never worth a rollout
                     engine.speculator.bench(drafter, f"{type(error).__name__} while its cost was measured: {error}")
+    return time.perf_counter() - start
+
+
+def _calibrate_captured(engine: RolloutEngine, max_seconds: float, rows: Sequence[int]) -> float:
+    """The same with captured steps, over padding: what rows attend to is added as they decode."""
+    start, captured, step_cost = time.perf_counter(), engine.captured, engine.step_cost
+    cache = KVCache(engine.view.kv_shape(BLOCK_SIZE), 1, engine.view.device)
+    captured.wake(cache, SamplingParams(), max(rows), CONTEXT)
+    try:
+        for num_rows in rows:
+            for depth in DEPTHS:
+                for seconds in captured.measure(StepKey(num_rows, depth), MIN_SAMPLES):
+                    step_cost.record(num_rows * (depth + 1), 0, seconds)
+                if time.perf_counter() - start > max_seconds:
+                    return time.perf_counter() - start
+            for name, depth in itertools.product(captured.drafters, DEPTHS[1:]):
+                verify = step_cost.seconds(num_rows * (depth + 1))
+                for seconds in captured.measure(StepKey(num_rows, depth, name), MIN_SAMPLES):
+                    drafting = max(0.0, seconds - verify)
+                    engine.controller.record_draft_seconds(name, num_rows, depth, drafting)
+    except CaptureFailed as error:
+        logger.warning("decode steps are not captured, decoding is slower: %s", error)
+    finally:
+        captured.forget()
     return time.perf_counter() - start
 
 

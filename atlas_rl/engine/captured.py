@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import atlas_kernels
-from atlas_kernels import StepInputs, coupled_sample, finish_step, prepare_step
+from atlas_kernels import SharedPrefixes, StepInputs, coupled_sample, finish_step, prepare_step
 from atlas_rl.drafters.base import StepDrafter
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.decode_state import DecodeState, to_device
@@ -27,6 +27,7 @@ from atlas_rl.engine.kv_cache import KVCache
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.engine.sampling import MAX_LOGITS
 from atlas_rl.engine.sequence import Sequence
+from atlas_rl.engine.sharing import spans_of
 from atlas_rl.types import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,10 @@ class CaptureFailed(Exception):
 class StepKey(NamedTuple):
     num_rows: int
     num_drafts: int
-    drafter: str
+    drafter: str = ""
     """Who drafts within the step; empty: the host, or nobody."""
+    shares: bool = False
+    """Whether samples of a prompt read it together."""
 
 
 class StepOutputs(NamedTuple):
@@ -103,7 +106,11 @@ def bucket_of(num_rows: int) -> int:
 class CapturedSteps:
     """Of one policy, over any number of rollouts: what is captured is kept as long as the memory that it reads stays."""
 
-    def __init__(self, view: PolicyView, graphs: GraphBackend, drafters: dict[str, StepDrafter]) -> None:
+    def __init__(
+        self, view: PolicyView, graphs: GraphBackend, drafters: dict[str, StepDrafter], max_drafts: int
+    ) -> None:
+        self.max_drafts = 1 << (max_drafts - 1).bit_length()
+        """Per row, of the host: it makes them few lengths, the powers of two."""
         self.view = view
         self.graphs = graphs
         self.drafters = drafters
@@ -145,11 +152,15 @@ class CapturedSteps:
             self.early_ids_E = torch.tensor(sorted(early), dtype=torch.int64, device=device)
             """Tokens that cannot be drawn before `min_new_tokens`."""
             largest = bucket_of(num_rows)
-            self.slots_R = torch.zeros(largest, dtype=torch.int64, device=device)
-            self.draft_lens_R = torch.zeros(largest, dtype=torch.int64, device=device)
-            self.drafts = torch.zeros(largest * 32, dtype=torch.int64, device=device)
+            # what the host writes before a step: rows, their drafts, and what they share (`spans_of`)
+            rows_6R = torch.zeros(6, largest, dtype=torch.int64, device=device)
+            self.slots_R, self.draft_lens_R, self.shared_R, self.spans_3P = *rows_6R[:3], rows_6R[3:]
+            self.drafts = torch.zeros(largest * self.max_drafts, dtype=torch.int64, device=device)
         self.kv_cache = kv_cache
-        self.uploaded: list[int] = []
+        self.uploaded: list[int] | None = None
+        """Slots of the rows that the device has been told of."""
+        self.sharing: tuple[np.ndarray, np.ndarray] | None = None
+        """What those rows have in common (`spans_of`)."""
 
     def admit(self, sequences: list[Sequence], batch: ForwardBatch | None, places: np.ndarray) -> None:
         """Rows begin; the last token of row i's prefix is at places[i] of the prefilled batch, -1: there is none."""
@@ -189,17 +200,18 @@ class CapturedSteps:
         Raises:
             CaptureFailed: it cannot be captured; nothing was started.
         """
-        key, graph = self._graph(StepKey(bucket_of(len(sequences)), num_drafts, drafter))
         slots = self.state.slots_of(sequences)
         self.state.upload_tables(sequences)
         if slots != self.uploaded:
-            padding = [0] * (len(self.slots_R) - len(slots))
-            self.graphs.to_device(np.array(slots + padding, np.int64), self.slots_R)
-            self.uploaded = slots
+            self.sharing = spans_of(sequences, self.kv_cache.shape.block_size)
+        key = self._runnable(StepKey(bucket_of(len(sequences)), num_drafts, drafter, self.sharing is not None))
+        if slots != self.uploaded:  # also after a step was captured
+            self._upload_rows(slots)
+        graph = self.steps[key]
         draft_lens = np.full(len(sequences), key.num_drafts)
         if drafts is not None:
             draft_lens = np.fromiter(map(len, drafts), np.int64, len(drafts))
-            self._upload_drafts(drafts, draft_lens, key.num_drafts)
+            self._upload_drafts(drafts, draft_lens, num_drafts)
         watch = self.graphs.stopwatch()
         graph.replay()
         watch.stop()
@@ -251,33 +263,47 @@ class CapturedSteps:
 
     # ---- capturing -------------------------------------------------------------------------------------------------------
 
-    def _graph(self, key: StepKey) -> tuple[StepKey, Graph[StepOutputs]]:
+    def _runnable(self, key: StepKey) -> StepKey:
         """The step to run for a key: captured for it, or for more rows while that is not worth capturing yet."""
         if key in self.steps:
-            return key, self.steps[key]
+            return key
         larger = [k for k in self.steps if k[1:] == key[1:] and k.num_rows > key.num_rows]
         self.wanted[key] = self.wanted.get(key, 0) + 1
         if larger and self.wanted[key] <= CAPTURE_AFTER:
-            smallest = min(larger)
-            return smallest, self.steps[smallest]
-        self.graphs.to_device(
-            np.zeros(len(self.slots_R), np.int64), self.slots_R
-        )  # to capture, a step runs once: on padding
-        self.uploaded = []
+            return min(larger)
+        self.capture(key)
+        return key
+
+    def capture(self, key: StepKey) -> None:
+        """Raises CaptureFailed."""
+        self.slots_R.zero_()  # a step runs once before it is captured: on padding
+        self.uploaded = None
         try:
             self.steps[key] = self.graphs.capture(self._program(key))
         except Exception as error:  # whatever a driver, a library or an architecture does not allow
-            self.forget()
             self.failure = f"{type(error).__name__}: {error}"
             raise CaptureFailed(self.failure) from error
-        return key, self.steps[key]
+
+    def measure(self, key: StepKey, repeats: int) -> list[float]:
+        """Seconds of a step over padding, for whoever chooses between steps."""
+        if key not in self.steps:
+            self.capture(key)
+        self.slots_R.zero_()
+        self.uploaded, watches = None, []
+        for _ in range(repeats):
+            watches.append(self.graphs.stopwatch())
+            self.steps[key].replay()
+            watches[-1].stop()
+        self.graphs.to_host(self.steps[key].outputs.out_RW).wait()
+        return [watch.seconds() for watch in watches]
 
     def _program(self, key: StepKey) -> Callable[[], StepOutputs]:
-        num_rows, num_drafts, name = key
+        num_rows, num_drafts, name, shares = key
         state, num_places = self.state, 1 + num_drafts
         slots_R, drafts_RK = self.slots_R[:num_rows], self.drafts[: num_rows * num_drafts].view(num_rows, num_drafts)
         draft_lens_R = self.draft_lens_R[:num_rows] if num_drafts and not name else None
         query_starts_R = torch.arange(num_rows, device=slots_R.device) * num_places
+        (first_P, num_rows_P), shared_R = self.spans_3P[:2, :num_rows], self.shared_R[:num_rows]
 
         def step() -> StepOutputs:
             rows = (state.last_tokens_S, state.starts_S, state.remaining_S)
@@ -303,6 +329,9 @@ class CapturedSteps:
                 query_starts_R=query_starts_R,
                 max_query_len=num_places,
             )
+            if shares:
+                places = (first_P * num_places, num_rows_P * num_places)
+                batch.shared = SharedPrefixes(*places, first_P, shared_R, num_rows * num_places)
             hidden_ND = self.view.hidden_states(batch)
             tokens_N, logprobs_N = self._draw(hidden_ND, inputs, slots_R, num_places)
             drawn = (inputs.input_ids_N, tokens_N, logprobs_N, inputs.query_lens_R)
@@ -335,6 +364,18 @@ class CapturedSteps:
             options = {"thresholds_N": thresholds_N, "forbidden": forbidden}
             parts.append(coupled_sample(logits_NV, keys_2N, temperature, **options))
         return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+
+    def _upload_rows(self, slots: list[int]) -> None:
+        """Tell the device which rows take part, and which of them begin with the same blocks."""
+        rows_R = np.zeros(len(self.slots_R), np.int64)
+        rows_R[: len(slots)] = slots
+        self.graphs.to_device(rows_R, self.slots_R)
+        self.uploaded = slots
+        if self.sharing is not None:
+            spans_3P, shared_R = self.sharing
+            padding = ((0, 0), (0, len(rows_R) - spans_3P.shape[1]))
+            self.graphs.to_device(np.pad(spans_3P, padding), self.spans_3P)
+            self.graphs.to_device(shared_R, self.shared_R)
 
     def _upload_drafts(self, drafts: list[list[int]], lens: np.ndarray, num_drafts: int) -> None:
         padded_RK = np.zeros((len(drafts), num_drafts), np.int64)

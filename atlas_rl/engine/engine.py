@@ -19,13 +19,13 @@ from atlas_rl.engine.captured import CapturedSteps
 from atlas_rl.engine.decoding import Decoding, EagerDecoding
 from atlas_rl.engine.graphs import GraphBackend, backend_for
 from atlas_rl.engine.kv_cache import BlockPool, KVCache
-from atlas_rl.engine.memory import kv_blocks
+from atlas_rl.engine.memory import give_back, is_little, take_kv
 from atlas_rl.engine.pipelined import PipelinedDecoding
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.engine.runner import ModelRunner
 from atlas_rl.engine.scheduler import PrefillChunk, Scheduler
 from atlas_rl.engine.sequence import PromptGroup, Sequence
-from atlas_rl.engine.speculation import Speculator
+from atlas_rl.engine.speculation import MAX_DRAFT_LEN, Speculator
 from atlas_rl.telemetry.stats import RolloutStats
 from atlas_rl.types import Rollout, RolloutRequest, SamplingParams
 
@@ -84,6 +84,7 @@ class RolloutEngine:
         self.scheduler: Scheduler | None = None
         self.runner: ModelRunner | None = None
         self.decoding: Decoding | None = None
+        self.kv_cache: KVCache | None = None
         self.between_rollouts: Callable[[RolloutEngine, bool], None] | None = None
         """Called before each rollout, with whether the weights have changed: what retrains drafters."""
         self.traffic = Traffic()
@@ -138,11 +139,12 @@ class RolloutEngine:
 
     def wake(self, groups: list[PromptGroup], sampling: SamplingParams) -> None:
         """Take KV memory for these groups: what they can need at most, within the configured bound."""
-        config, device = self.config.engine, self.view.device
-        shape = self.view.kv_shape(config.block_size)
-        num_blocks = kv_blocks(shape, groups, config, device)
-        kv_cache = KVCache(shape, num_blocks, device)
-        self.runner = ModelRunner(self.view, kv_cache)
+        config = self.config.engine
+        self.kv_cache = take_kv(
+            self.view, groups, config, self.speculator.kv_block_bytes(config.block_size), self.kv_cache
+        )
+        num_blocks = self.kv_cache.num_blocks
+        self.runner = ModelRunner(self.view, self.kv_cache)
         self.scheduler = Scheduler(
             BlockPool(num_blocks, config.block_size), config.max_num_seqs, config.max_prefill_tokens
         )
@@ -150,21 +152,26 @@ class RolloutEngine:
             self.scheduler.add(group)
         self.speculator.wake(sampling, num_blocks, config.block_size)
         parts = (self.scheduler, self.speculator, self.step_cost, sampling, self.stats)
-        if self.captured is not None and self.captured.supports(sampling):
+        if self.captured is not None and self.captured.failure is None and self.captured.supports(sampling):
             longest = max(seq.max_tokens for group in groups for seq in group.sequences)
-            self.captured.wake(kv_cache, sampling, config.max_num_seqs, longest)
-            self.decoding = PipelinedDecoding(self.captured, self.runner, *parts)
+            self.captured.wake(self.kv_cache, sampling, config.max_num_seqs, longest)
             self.speculator.within = frozenset(self.captured.drafters)
+            self.decoding = PipelinedDecoding(self.captured, self.runner, *parts)
         else:
-            self.decoding = EagerDecoding(self.runner, *parts)
             self.speculator.within = frozenset()
+            self.decoding = EagerDecoding(self.runner, *parts)
 
     def sleep(self) -> None:
-        """Give the KV memory back. Nothing of it outlives a rollout, so no policy update can leave it stale."""
+        """Give the KV memory back (if it is little, steps stay captured over it instead). What it holds outlives no rollout, so
+        that no policy update can leave it stale."""
         self.runner = self.scheduler = self.decoding = None
         self.speculator.sleep()
+        keep = self.captured is not None and self.kv_cache is not None and is_little(self.kv_cache)
         if self.captured is not None:
-            self.captured.sleep(keep=False)
+            self.captured.sleep(keep)
+        if not keep:
+            self.kv_cache = None
+            give_back(self.view.device)
 
     def _step(self) -> None:
         chunks = self.scheduler.next_prefill()
@@ -185,12 +192,11 @@ class RolloutEngine:
         self.stats.seconds["prefill"] += time.perf_counter() - start
 
     def _capturing(self, graphs: GraphBackend) -> CapturedSteps:
-        """Captured steps, with the drafters that can draft within them; these draft alone then."""
         within = {drafter.name: drafter.within_step() for drafter in self.speculator.active}
         within = {name: drafter for name, drafter in within.items() if drafter is not None}
-        controller = self.controller
-        controller.arms = [arm for arm in controller.arms if len(arm) < 2 or not within.keys() & set(arm)]
-        return CapturedSteps(self.view, graphs, within)
+        self.speculator.alone = alone = frozenset(within)
+        self.controller.arms = [arm for arm in self.controller.arms if len(arm) < 2 or not alone.intersection(arm)]
+        return CapturedSteps(self.view, graphs, within, max(MAX_DRAFT_LEN, self.config.lookahead or 0))
 
     def _finish(self, sequences: list[Sequence], start: float) -> None:
         """Close the books and free KV memory, after success and after an exception alike."""

@@ -39,6 +39,7 @@ class KVCache:
 
     def __init__(self, shape: KVShape, num_blocks: int, device: torch.device) -> None:
         self.shape = shape
+        self.num_blocks = num_blocks
         dims = (shape.num_layers, 2, num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
         self.memory_L2NHSD = _zeros(dims, shape.dtype, device)  # 2: keys, values
         self.layers = list(self.memory_L2NHSD)

@@ -37,14 +37,22 @@ class PipelinedDecoding(EagerDecoding):
             try:
                 return self._step()
             except CaptureFailed as error:
-                self.speculator.within = frozenset()
-                logger.warning("decode steps are not captured on this machine, decoding is slower: %s", error)
+                self._give_up(str(error))
         self.drain()
         return super().step()
 
     def started(self, sequences: list[Sequence], batch: ForwardBatch | None, places: np.ndarray) -> None:
         if self.steps.failure is None:
-            self.steps.admit(sequences, batch, places)
+            try:
+                self.steps.admit(sequences, batch, places)
+            except Exception as error:  # a drafter is never worth a rollout
+                self._give_up(f"{type(error).__name__}: {error}")
+
+    def _give_up(self, reason: str) -> None:
+        """Decode without captured steps from now on; drafters within them go on as the host's."""
+        logger.warning("decode steps are not captured any more, decoding is slower: %s", reason)
+        self.steps.failure = reason
+        self.speculator.within = frozenset()
 
     def drain(self) -> None:
         if self.in_flight is not None:
@@ -125,10 +133,21 @@ class PipelinedDecoding(EagerDecoding):
         # where the device did not wait for the host, a step takes what lies between two of them
         seconds = done - max(self.last_done, step.launched) - drafting
         self.last_done = done
+        num_rows, num_cached = len(sequences), batch.num_cached
+        if step.key.drafter:
+            within = self._drafting_within(step, num_rows, num_cached, seconds)
+            stats.seconds["draft"] += within
+            seconds, drafting = seconds - within, drafting + within
         stats.seconds["verify"] += seconds
-        num_rows = len(sequences)
         num_emitted = num_rows + sum(num_accepted)
-        self._record(num_rows, num_rows * step.num_places, batch.num_cached, num_emitted, seconds, drafting)
+        self._record(num_rows, num_rows * step.num_places, num_cached, num_emitted, seconds, drafting)
+
+    def _drafting_within(self, step: InFlight, num_rows: int, num_cached: int, seconds: float) -> float:
+        """Seconds that a step drafted, of those that it took: what is beyond steps over as many tokens that do not draft."""
+        verify = self.step_cost.seconds(num_rows * step.num_places, num_cached)
+        drafting = 0.0 if verify is None else max(0.0, seconds - float(verify))
+        self.speculator.controller.record_draft_seconds(step.key.drafter, num_rows, step.key.num_drafts, drafting)
+        return drafting
 
     def _leave(self, sequences: list[Sequence], finished: bool) -> None:
         self.steps.state.release(sequences)

@@ -23,11 +23,8 @@ from atlas_rl.telemetry.stats import DrafterStats, RolloutStats
 from atlas_rl.types import SamplingParams
 
 logger = logging.getLogger(__name__)
-
 MAX_DRAFT_LEN = 16
 """Longest draft asked for when the lookahead is automatic."""
-
-
 FEW_ROWS = 2
 """Up to this many rows what drafters propose is verified as it is: they have been told what pays, and choosing takes time."""
 COUNT_EVERY = 16
@@ -77,8 +74,10 @@ class Speculator:
         self.behind: set[str] = set()
         """Drafters that have not been told of all that rows have emitted, because they are not asked."""
         self.listener: Listener | None = None
+        self.alone: frozenset[str] = frozenset()
+        """Drafters that can draft within captured steps, by themselves: no arm has them together with others."""
         self.within: frozenset[str] = frozenset()
-        """Drafters that draft within captured steps in this rollout."""
+        """Those that do in this rollout."""
         for drafter in drafters:
             self._bind(drafter, view)
         view.tap({layer for drafter in drafters for layer in drafter.layers or ()})
@@ -91,6 +90,10 @@ class Speculator:
     def readers(self) -> list[Drafter]:
         """Drafters that look at hidden states, and are not within captured steps to see them."""
         return [drafter for drafter in self.active if drafter.layers is not None and drafter.name not in self.within]
+
+    def kv_block_bytes(self, block_size: int) -> int:
+        """What drafters keep per block of the policy's KV."""
+        return sum(drafter.kv_shape(block_size).block_bytes for drafter in self.active if drafter.uses_blocks)
 
     # ---- the life of a rollout -------------------------------------------------------------------------------------------
 

@@ -15,16 +15,19 @@ from atlas_kernels.launching import INTERPRETED, num_multiprocessors
 from atlas_kernels.reference import SharedPrefixes
 
 TILE_BYTES = 16384
-"""Of keys, and again of values: three programs' double buffers fit a multiprocessor."""
-MIN_PART = 128
-"""A part of a context is of at least so many tokens, where the context is the longest that its block table can hold."""
+"""Of keys, and again of values, twice each: three programs fit a multiprocessor, with a tile or two of each under way."""
+NUM_STAGES = 5
+"""A block id, then what it leads to: Triton's pipeline needs five stages to fetch a tile while it computes on another."""
+MIN_PART, MIN_PART_PER_PAIR = 128, 8
+"""The parts of a context as long as a block table can hold are of at least so many tokens, and of so many per (token, head) pair
+that reads them: then results take at most a quarter of the bytes that keys and values do, in bf16."""
 MAX_SPLITS = 32
 PROGRAMS_PER_MULTIPROCESSOR = 4
-"""From so many on, splitting contexts buys nothing."""
+"""From so many on, cutting contexts buys nothing."""
 
 
 class Work(NamedTuple):
-    """Tokens that attend together: a row's to its own context, or a span's to the start of the context of row `rows`."""
+    """Tokens that attend together: each row's to its own context, or each span's to the shared start of row `rows[span]`'s."""
 
     query_starts: torch.Tensor
     query_lens: torch.Tensor
@@ -33,45 +36,53 @@ class Work(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How a launch is cut: (token, head) pairs and tokens of a program's tile; tiles of a row, parts of its context."""
+    """How a launch is cut: (token, head) pairs and context tokens of a program's tile; tiles of a row, parts of its context."""
 
     block_m: int
     tile: int
     num_warps: int
-    num_stages: int
     num_tiles: int
     num_splits: int
 
 
 def choose_plan(
     num_items: int,
-    num_queries: int,
+    num_pairs: int,
     max_context: int,
     num_kv_heads: int,
     head_dim: int,
     itemsize: int,
     num_processors: int,
 ) -> Plan:
-    """For items (rows or spans) of up to so many (token, head) pairs per KV head, and KV elements of so many bytes."""
+    """For items (rows or spans) of up to so many (token, head) pairs per KV head, and KV elements of so many bytes.
+
+    The accumulators, block_m · D of float32, stay within 64 registers of a thread.
+    """
     row_bytes = triton.next_power_of_2(head_dim) * itemsize
     tile = min(max(TILE_BYTES // row_bytes, 16), 128)
-    block_m, num_warps = min(max(triton.next_power_of_2(num_queries), 16), 64), 4
-    if num_queries > 128 and row_bytes <= 256:  # the accumulators of 128 queries fit 8 warps' registers
-        block_m, num_warps = 128, 8
-    num_tiles = triton.cdiv(num_queries, block_m)
-    num_splits = choose_num_splits(num_items * num_tiles * num_kv_heads, max_context, num_processors)
-    return Plan(block_m, tile, num_warps, 3, num_tiles, num_splits)
+    block_m, num_warps = min(max(triton.next_power_of_2(num_pairs), 16), 128), 4
+    if itemsize == 4:  # plain multiply-adds, which hold rows in registers as a whole
+        block_m, tile, num_warps = min(block_m, 32), min(max(tile // 2, 16), 32), 4 if row_bytes <= 512 else 8
+    elif block_m == 128 and row_bytes <= 256:
+        num_warps = 8
+    elif block_m >= 64:
+        block_m, tile = 64, max(tile // 2, 16)
+    num_tiles = triton.cdiv(num_pairs, block_m)
+    max_parts = max_context // max(MIN_PART, MIN_PART_PER_PAIR * min(num_pairs, block_m))
+    num_splits = choose_num_splits(num_items * num_tiles * num_kv_heads, max_parts, num_processors)
+    return Plan(block_m, tile, num_warps, num_tiles, num_splits)
 
 
-def choose_num_splits(num_programs: int, max_context: int, num_processors: int) -> int:
+def choose_num_splits(num_programs: int, max_parts: int, num_processors: int) -> int:
     """Into how many parts each context is cut so that all multiprocessors are busy."""
     wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * num_processors, num_programs)
-    return max(1, min(wanted, max_context // MIN_PART, MAX_SPLITS))
+    return max(1, min(wanted, max_parts, MAX_SPLITS))
 
 
 def combine_warps(num_partials: int, head_dim: int) -> int:
-    """Of `combine_kernel`: at most 64 float32 of partials in a thread."""
-    return 8 if triton.next_power_of_2(num_partials) * triton.next_power_of_2(head_dim) > 8192 else 4
+    """Of `combine_kernel`, for at most 64 float32 of partials in a thread."""
+    num_elements = triton.next_power_of_2(num_partials) * triton.next_power_of_2(head_dim)
+    return min(max(num_elements // 2048, 1), 8)
 
 
 def paged_attention(
@@ -93,8 +104,8 @@ def paged_attention(
     Where rows are too few to fill the device, each one's context is cut into parts, whose results a second kernel combines.
     A shared prefix is one more such part, read once for all tokens of its span.
 
-    Bound by reading keys and values, each row's once (a shared prefix: once per span) for up to 64 (token, head) pairs of a
-    KV head: 2 · context · KV heads · D elements per row. With more tokens, by the matrix products.
+    Bound by reading keys and values, 2 · context · KV heads · D elements per row (of a shared prefix, per span), which is done
+    once for up to 128 (token, head) pairs of a KV head. With more of them, by the matrix products.
     """
     num_tokens, num_heads, head_dim = query_NHD.shape
     num_rows, num_blocks = block_tables_RM.shape
@@ -160,8 +171,8 @@ def paged_attention(
             first_partial,
             SPLIT=num_partials > 1,
             SPANS=work.rows is not None,
-            WINDOW=sliding_window or 0,
-            SOFTCAP=softcap or 0.0,
+            WINDOW=sliding_window,
+            SOFTCAP=softcap,
             DOT_IN_FP32=INTERPRETED and kv_2BHSD.dtype == torch.bfloat16,
             GROUPS=groups,
             NUM_KV_HEADS=num_kv_heads,
@@ -171,7 +182,7 @@ def paged_attention(
             BLOCK_M=plan.block_m,
             TILE=plan.tile,
             num_warps=plan.num_warps,
-            num_stages=plan.num_stages,
+            num_stages=NUM_STAGES,
         )
         first_partial += plan.num_splits
     if num_partials > 1:

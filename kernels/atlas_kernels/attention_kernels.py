@@ -51,10 +51,10 @@ def attend(
         mask_TD = (token_T < end)[:, None] & (d < HEAD_DIM)[None, :]
         key_TD = tl.load(key_ptr + place_TD, mask=mask_TD, other=0.0).to(query_MD.dtype)
         score_MT = tl.dot(query_MD, tl.trans(key_TD), input_precision="ieee") * scaling
-        if SOFTCAP:  # c · tanh(s / c), tanh(x) = 1 - 2 / (e^2x + 1)
+        if SOFTCAP is not None:  # c · tanh(s / c), tanh(x) = 1 - 2 / (e^2x + 1)
             score_MT = SOFTCAP - 2 * SOFTCAP / (tl.exp2(score_MT * (2 * LOG2_E / SOFTCAP)) + 1)
         seen_MT = (token_T[None, :] <= position_M[:, None]) & (token_T < end)[None, :]
-        if WINDOW:
+        if WINDOW is not None:
             seen_MT &= token_T[None, :] > position_M[:, None] - WINDOW
         score_MT = tl.where(seen_MT, score_MT * LOG2_E, -float("inf"))
         higher_M = tl.maximum(highest_M, tl.max(score_MT, 1))
@@ -72,7 +72,14 @@ def attend(
 
 @triton.jit(
     do_not_specialize=("stride_table", "num_tokens", "num_tiles", "num_splits", "num_partials", "first_partial"),
-    do_not_specialize_on_alignment=("tables_ptr", "starts_ptr", "query_starts_ptr", "query_lens_ptr", "rows_ptr"),
+    do_not_specialize_on_alignment=(
+        "tables_ptr",
+        "starts_ptr",
+        "query_starts_ptr",
+        "query_lens_ptr",
+        "rows_ptr",
+        "num_shared_ptr",
+    ),
 )
 def attention_kernel(
     out_ptr,
@@ -133,7 +140,7 @@ def attention_kernel(
     else:
         start = tl.load(starts_ptr + row).to(tl.int32)
         begin, position_M = num_shared, start + token_M
-        if WINDOW:
+        if WINDOW is not None:
             begin = tl.maximum(start + tile * BLOCK_M // GROUPS - WINDOW + 1, 0) // BLOCK_SIZE * BLOCK_SIZE
         end = start + tl.minimum(query_len, ((tile + 1) * BLOCK_M + GROUPS - 1) // GROUPS)
         is_last = item + 1 == tl.num_programs(0) // num_tiles
@@ -200,9 +207,10 @@ def combine_kernel(
     index = tl.program_id(0).to(tl.int64)
     p, d = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
     lse_P = tl.load(lse_ptr + index * num_partials + p, mask=p < num_partials, other=-float("inf"))
-    is_token = tl.max(((lse_P != -float("inf")) & (p < num_row_partials)).to(tl.int32), 0) > 0
-    weight_P = tl.exp2(lse_P - tl.maximum(tl.max(lse_P, 0), LOWEST))
-    mask_P = is_token & (lse_P != -float("inf"))  # elsewhere the memory was never written
+    is_known_P = lse_P != -float("inf")
+    is_token = tl.max((is_known_P & (p < num_row_partials)).to(tl.int32), 0) > 0
+    mask_P = is_known_P & is_token  # elsewhere the memory was never written, or by a span that runs over a gap
+    weight_P = tl.where(mask_P, tl.exp2(lse_P - tl.maximum(tl.max(lse_P, 0), LOWEST)), 0.0)
     partial_ptr_PD = partial_ptr + (index * num_partials + p)[:, None] * HEAD_DIM + d[None, :]
     partial_PD = tl.load(partial_ptr_PD, mask=mask_P[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
     total = tl.sum(weight_P, 0)

@@ -17,12 +17,16 @@ SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A kernel as a launcher calls it. Types are Triton's: "*bf16", "i32", "fp32"; pointers are taken to be 16-byte aligned."""
+    """A kernel as a launcher calls it. Types are Triton's: "*bf16", "i32", "fp32"; pointers are taken to be 16-byte aligned.
+
+    divisible: integers that are multiples of 16, for which a launch compiles code of its own.
+    """
 
     module: str
     kernel: str
     arguments: dict[str, str]
     constants: dict[str, int | float | bool | None] = field(default_factory=dict)
+    divisible: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 3
 
@@ -49,7 +53,8 @@ def _compile(case: Case, architecture: int) -> dict[str, int | str]:
 
     kernel = getattr(importlib.import_module(case.module), case.kernel)
     places = {name: (i,) for i, name in enumerate(kernel.arg_names)}
-    aligned = {places[name]: [["tt.divisibility", 16]] for name, kind in case.arguments.items() if kind.startswith("*")}
+    pointers = [name for name, kind in case.arguments.items() if kind.startswith("*")]
+    aligned = {places[name]: [["tt.divisibility", 16]] for name in [*pointers, *case.divisible]}
     source = ASTSource(
         kernel,
         case.arguments | dict.fromkeys(case.constants, "constexpr"),

@@ -14,8 +14,9 @@ import torch
 class SharedPrefixes(NamedTuple):
     """Spans of neighbouring tokens, such as those of a prompt's samples, whose rows all begin with the same blocks.
 
-    Span p covers query_lens_P[p] places (0: unused) from query_starts_P[p] on; its blocks are those of row rows_P[p]. Row r shares
-    its first num_shared_R[r] tokens: whole blocks, before starts_R[r], as many as the other rows of its span; 0: it is in none.
+    Span p covers query_lens_P[p] places (0: unused) from query_starts_P[p] on; its blocks are those of row rows_P[p].
+    Row r shares its first num_shared_R[r] tokens, as many as its span's other rows do: whole blocks, all before starts_R[r].
+    A row in no span shares 0.
     """
 
     query_starts_P: torch.Tensor
@@ -51,8 +52,8 @@ def paged_attention(
     """Causal attention of each row's tokens over the row's own keys and values, which include those tokens'.
 
     Args:
-        query_NHD: [N, heads, D], cast to the cache's dtype. Row r has query_lens_R[r] of the N tokens (0: it is padding), from place
-            query_starts_R[r] on (ascending from 0; None: back to back), at positions starts_R[r], ….
+        query_NHD: [N, heads, D], cast to the cache's dtype. Row r has query_lens_R[r] of the N tokens (0: it is padding), from
+            place query_starts_R[r] on (ascending from 0; None: back to back), at positions starts_R[r], ….
         kv_2BHSD: one layer of the cache, [2, blocks, KV heads, S, D]. block_tables_RM: [R, M] int64 blocks of each row.
         sliding_window: a token sees itself and this many less one before it. softcap: scores become c · tanh(score / c).
         max_query_len: at least each of query_lens_R, at most N (None: N). shared: what rows have in common, not with a window.
