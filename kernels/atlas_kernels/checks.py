@@ -35,7 +35,7 @@ class Sizes:
     intermediate: int = 160
     vocab: int = 1000
     linears: tuple[tuple[int, str], ...] = ((3, "down"),)
-    """Rows and kinds of `fused_linear`: qkv (norm), out, gate_up (norm, gate), down (residual); few, as each has several routes."""
+    """Rows and kinds of `fused_linear`: qkv (norm), out, gate_up (norm, gate), down (residual). Each has several routes."""
 
 
 class Inputs:
