@@ -1,4 +1,4 @@
-"""The check that every kernel passes before a GPU's work is trusted to it: under the interpreter, all pass; a broken one is found."""
+"""The check that kernels pass before a GPU's work is trusted to them: under the interpreter all do, and a broken one is found."""
 
 from __future__ import annotations
 

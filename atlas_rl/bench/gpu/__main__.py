@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import cache
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 import atlas_rl.bench.gpu as package
 from atlas_rl.bench.gpu import decode, kernels, memory, policy, rates, training
@@ -42,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     machine = Machine(torch.device("cpu") if args.dry_run else torch.device("cuda", torch.cuda.current_device()))
-    out = args.out or RESULTS / f"gpu_{_slug(machine)}.json"
+    out = args.out or (RESULTS if machine.is_gpu else Path(tempfile.gettempdir())) / f"gpu_{_slug(machine)}.json"
     report = {
         "dry_run": args.dry_run,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -50,9 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
         "sections": {},
     }
     _write(out, report)
-    sections = run(
-        machine, args.only, 60 * args.minutes, args.dry_run, lambda done: _write(out, report | {"sections": done})
-    )
+    logging.disable_progress_bar()  # of loading the small policy
+
+    def save(sections: dict[str, Any]) -> None:
+        _write(out, report | {"sections": sections})
+
+    sections = run(machine, args.only, 60 * args.minutes, args.dry_run, save)
+    save(sections)
     _print_table(sections)
     say(f"figures: {out}")
     return 1 if any(section["errors"] for section in sections.values()) else 0
@@ -67,7 +74,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON of all figures (default: see above)")
     parser.add_argument("--only", default=",".join(SECTIONS), metavar="SECTION,…", help="some sections (default: all)")
     parser.add_argument("--minutes", type=float, default=9.0, help="to be done in (default: 9)")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU at tiny sizes; writes to a temporary file")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU at tiny sizes")
     args = parser.parse_args(arguments)
     args.only = [name for name in args.only.split(",") if name]
     unknown = [name for name in args.only if name not in SECTIONS]
@@ -92,9 +99,19 @@ def run(
 
     for index, name in enumerate(names):
         start = time.perf_counter()
+        if not machine.works():
+            return done | _in_another_process(names[index:], end - start)
         share = SECTIONS[name][1] / sum(SECTIONS[later][1] for later in names[index:])
-        section = Section(name, machine, plan, start + share * (end - start), copy_rate)
-        say(f"{name}: up to {share * (end - start):.0f} s")
+        deadline = start + share * (end - start)
+        section = Section(
+            name=name,
+            machine=machine,
+            plan=plan,
+            deadline=deadline,
+            copy_rate=copy_rate,
+            save=lambda row, name=name: save(done | {name: row}),
+        )
+        say(f"{name}: up to {deadline - start:.0f} s")
         try:
             SECTIONS[name][0](section)
         except Exception as error:  # the others are worth their time
@@ -104,6 +121,16 @@ def run(
         save(done)
         machine.release()
     return done
+
+
+def _in_another_process(names: list[str], seconds: float) -> dict[str, Any]:
+    """The rest of the sections, where a kernel has left this process without a device."""
+    say(f"the device is lost to this process: {', '.join(names)} in another one")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rest.json"
+        options = ["--only", ",".join(names), "--minutes", str(max(seconds, 1.0) / 60), "--out", str(out)]
+        subprocess.run([sys.executable, "-m", "atlas_rl.bench.gpu", *options], check=False)
+        return json.loads(out.read_text())["sections"] if out.exists() else {}
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:

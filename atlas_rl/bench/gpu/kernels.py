@@ -15,6 +15,8 @@ import torch
 import atlas_kernels
 from atlas_kernels import reference, self_check
 from atlas_kernels.checks import Inputs, linear_arguments
+from atlas_kernels.launching import INTERPRETED
+from atlas_kernels.linears import ROUTES
 from atlas_rl.bench.gpu.section import Section
 
 ATTENTION_TARGET, SAMPLE_TARGET = 0.75, 0.70
@@ -23,9 +25,14 @@ DTYPE = torch.bfloat16
 
 def run(section: Section) -> None:
     plan = section.plan
-    section.part("unavailable", lambda: atlas_kernels.unavailable_reason(section.machine.device), needs=5)
-    found = section.part("correct", lambda: correctness(section), needs=10)
-    wrong = None if found is None else sum(isinstance(error, str) for row in found.values() for error in row.values())
+    if section.machine.is_gpu or INTERPRETED:
+        section.part("unavailable", lambda: atlas_kernels.unavailable_reason(section.machine.device), needs=5)
+        found = section.part("correct", lambda: correctness(section), needs=10)
+        wrong = (
+            None if found is None else sum(isinstance(error, str) for row in found.values() for error in row.values())
+        )
+    else:
+        section.skipped["correct"], wrong = "Triton's kernels run on a CPU with TRITON_INTERPRET=1 only", None
     section.judge("kernels that differ from their twins", wrong, 0, at_least=False)
     for num_queries in (1, plan.sizes.num_queries):
         for num_rows in plan.attention_rows:
@@ -42,6 +49,7 @@ def run(section: Section) -> None:
     section.part("filter_thresholds", lambda: filter_speed(section), needs=3)
     for num_rows in plan.linear_rows:
         section.part(f"linears, {num_rows} rows", lambda n=num_rows: linear_speed(section, n), needs=8)
+    section.part("routes of linears", routes)
 
 
 def correctness(section: Section) -> dict[str, dict[str, float | str]]:
@@ -140,8 +148,8 @@ def distill_speed(section: Section) -> dict[str, float]:
     return row | {"over_eager": row["eager_seconds"] / row["seconds"]}
 
 
-def linear_speed(section: Section, num_rows: int) -> dict[str, Any]:
-    """By kind of linear of a layer, and of the output head: speed, the route taken and what each route took."""
+def linear_speed(section: Section, num_rows: int) -> dict[str, dict[str, float]]:
+    """By kind of linear of a layer, and of the output head, by the fastest route."""
     machine, found = section.machine, {}
     for kind in ("qkv", "out", "gate_up", "down", "head"):
         inputs = Inputs(section.plan.sizes, machine.device, DTYPE)
@@ -151,21 +159,17 @@ def linear_speed(section: Section, num_rows: int) -> dict[str, Any]:
         for _ in range(machine.num_buffers(nbytes)):
             own = arguments | {"weights": [weight.clone() for weight in arguments["weights"]]}
             calls.append(lambda own=own: atlas_kernels.fused_linear(**own))
-        before = set(_routes())
-        row: dict[str, Any] = speed(section, calls, nbytes)
-        new = [key for key in _routes() if key not in before]
-        found[kind] = row | {"routes": {str(key): _routes()[key] for key in new}}
-        section.machine.release()
+        found[kind] = speed(section, calls, nbytes)
+        del calls, own
+        machine.release()
     return found
 
 
-def _routes() -> dict[Any, Any]:
-    """What `fused_linear` has measured: the choice and the seconds of every route, by kind of call."""
-    try:
-        from atlas_kernels.linears import ROUTES
-    except ImportError:
-        return {}
-    return {key: {"chosen": str(ROUTES.chosen[key]), "seconds": ROUTES.seconds.get(key)} for key in ROUTES.chosen}
+def routes() -> dict[str, dict[str, Any]]:
+    """What `fused_linear` has measured so far: by kind of call, the choice and the seconds of every route."""
+    return {
+        str(key): {"chosen": str(route), "seconds": ROUTES.seconds.get(key)} for key, route in ROUTES.chosen.items()
+    }
 
 
 def speed(section: Section, calls: list[Callable[[], Any]], nbytes: int) -> dict[str, float]:

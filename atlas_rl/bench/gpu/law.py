@@ -1,9 +1,9 @@
 """The output law on this device: the same completions with and without speculation, captured and not, but for float ties.
 
 A first difference is a tie where the two tokens' perturbed scores, by a float32 forward over the tokens before, are no further
-apart than two runs may err. How far one errs is measured: the largest error, over some completions, that transformers' own forward
-in the policy's dtype makes in the gap between any two of a place's likeliest tokens. In float32 it is DESIGN's 1e-4. What comes
-after a first difference differs for that reason, and says nothing.
+apart than two runs may err. How far one errs is measured: the largest error, over some completions, that transformers' own
+forward in the policy's dtype makes in the gap between any two of a place's likeliest tokens. In float32 it is DESIGN's 1e-4.
+What comes after a first difference differs for that reason, and says nothing.
 """
 
 from __future__ import annotations

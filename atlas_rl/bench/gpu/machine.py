@@ -79,8 +79,15 @@ class Machine:
     def release(self) -> None:
         """Give back what is not in use."""
         gc.collect()
-        if self.is_gpu:
+        if self.is_gpu and self.works():
             torch.cuda.empty_cache()
+
+    def works(self) -> bool:
+        """Whether the device still computes in this process: after an illegal access it never does again."""
+        try:
+            return int(torch.ones(3, device=self.device).sum()) == 3
+        except Exception:  # whatever the driver says
+            return False
 
     def describe(self) -> dict[str, Any]:
         versions: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}

@@ -63,6 +63,8 @@ class Plan:
     policy_tokens: int = 128
     policy_warm: int = 3
     draining_prompts: int = 8
+    draining_tokens: int = 288
+    """Of a completion at most; the recorded ones have no more."""
     min_repeats: int = 6
     max_repeats: int = 9
     """Recorded batches, less those that drafters are warmed with."""
@@ -104,6 +106,7 @@ DRY = Plan(
     policy_tokens=12,
     policy_warm=1,
     draining_prompts=1,
+    draining_tokens=32,
     min_repeats=1,
     max_repeats=1,
     law_prompts=1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ def workloads(section: Section, policy: PreTrainedModel) -> list[Workload]:
         expect={"atlas/atlas_plain": DRAINING_TARGET},
     )
     draining = build_workload(config, bench, policy)
-    found = [draining]
+    short = [replace(b, lens=[min(n, plan.draining_tokens) for n in b.lens]) for b in draining.batches]
+    found = [replace(draining, batches=short)]
     for num_prompts, num_samples in plan.policy_rows:
         rows = num_prompts * num_samples
         own = WorkloadConfig(

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from atlas_rl.bench.gpu.machine import Machine
 from atlas_rl.bench.gpu.plan import Plan
 
 TRACE_LINES = 6
+GRACE = 45.0
+"""Seconds that a part may run over its section's time."""
 
 
+@dataclass(kw_only=True)
 class Section:
-    def __init__(
-        self, name: str, machine: Machine, plan: Plan, deadline: float, copy_rate: Callable[[], float]
-    ) -> None:
-        self.name, self.machine, self.plan = name, machine, plan
-        self.deadline = deadline
-        self.copy_rate = copy_rate
-        """Measured bytes per second of a copy, read and written."""
-        self.results: dict[str, Any] = {}
-        self.checks: list[dict[str, Any]] = []
-        self.errors: dict[str, str] = {}
-        self.skipped: dict[str, str] = {}
+    name: str
+    machine: Machine
+    plan: Plan
+    deadline: float
+    copy_rate: Callable[[], float]
+    """Measured bytes per second of a copy, read and written."""
+    save: Callable[[dict[str, Any]], None]
+    """Called with what there is after every part."""
+    results: dict[str, Any] = field(default_factory=dict)
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    errors: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
     @property
     def seconds_left(self) -> float:
@@ -39,14 +46,17 @@ class Section:
             return None
         start = time.perf_counter()
         try:
-            result = run()
-            self.machine.synchronize()  # what fails on the device belongs to the part that launched it
+            with _time_limit(self.seconds_left + GRACE):
+                result = run()
+                self.machine.synchronize()  # what fails on the device belongs to the part that launched it
         except Exception as error:
             self.errors[name] = last_lines(error)
             say(f"  {self.name}: {name} raised {type(error).__name__}: {str(error).strip().splitlines()[:1]}")
             self.machine.release()
+            self.save(self.to_dict())
             return None
         self.results[name] = result
+        self.save(self.to_dict())
         say(f"  {self.name}: {name} {time.perf_counter() - start:.1f} s")
         return result
 
@@ -60,6 +70,22 @@ class Section:
 
     def to_dict(self) -> dict[str, Any]:
         return {"results": self.results, "checks": self.checks, "errors": self.errors, "skipped": self.skipped}
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Interrupt what waits for another thread for ever; again and again, as it may wait for its end too."""
+
+    def interrupt(*_: Any) -> None:
+        raise TimeoutError(f"it took more than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 20.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def last_lines(error: BaseException) -> str:
