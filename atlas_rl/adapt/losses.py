@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+import atlas_kernels
 from atlas_rl.drafters.heads import DraftHead, Windows
 from atlas_rl.engine.twin import scale_logits
 
@@ -79,11 +80,7 @@ def lk_hybrid(
         vocab_ids: [V] the policy's id of each token of the draft vocabulary. KL then fits q to p as it is within the vocabulary,
             and what p has outside counts as not accepted.
     """
-    p, log_p = _distribution(target_logits.detach())
-    in_vocab = (p, log_p) if vocab_ids is None else _distribution(log_p[..., vocab_ids])
-    p = p if vocab_ids is None else p[..., vocab_ids]
-    negative_entropy = (in_vocab[0] * in_vocab[1]).sum(-1)
-    return _Hybrid.apply(draft_logits, p, in_vocab[0], negative_entropy)
+    return _Hybrid.apply(draft_logits, target_logits, vocab_ids)
 
 
 def unrolled_loss(
@@ -126,11 +123,6 @@ def unrolled_loss(
     return _WithGradient.apply(states_BSKD, loss, grads_BSKD), alpha_K / counts_K
 
 
-def _distribution(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    log_p = logits.log_softmax(-1)
-    return log_p.exp(), log_p
-
-
 class _WithGradient(torch.autograd.Function):
     """A loss whose gradient is known already."""
 
@@ -145,28 +137,19 @@ class _WithGradient(torch.autograd.Function):
 
 
 class _Hybrid(torch.autograd.Function):
-    """With its gradient by hand: autograd's passes over the vocabulary would take longer than all products of a small head.
-
-    d KL / d logits = q - p'                 p' is p renormalised to the draft vocabulary
-    d TV / d logits = q (sum(r) - 1[q < p])  r = q where q < p, else 0
-    """
+    """With its gradient by hand: autograd's passes over the vocabulary would take longer than all products of a small head."""
 
     @staticmethod
-    def forward(ctx, draft_logits, p, p_in_vocab, negative_entropy):
-        log_q = draft_logits.log_softmax(-1)
-        kl = negative_entropy - (p_in_vocab * log_q).sum(-1)
-        q = log_q.exp_()
-        alpha = torch.minimum(p, q).sum(-1)
-        lam = torch.exp(-LAMBDA_DECAY * alpha)
-        loss = lam * kl + (1 - lam) * (1 - alpha)
-        if ctx.needs_input_grad[0]:
-            r = q.clone().lt_(p).mul_(q)
-            lam, rest = lam[..., None], (1 - lam)[..., None]
-            grad = q.mul_(lam + rest * r.sum(-1, keepdim=True)).sub_(r.mul_(rest)).sub_(p_in_vocab * lam)
-            ctx.save_for_backward(grad)
+    def forward(ctx, draft_logits, target_logits, vocab_ids):
+        rows_NV, targets_NF = (logits.reshape(-1, logits.shape[-1]) for logits in (draft_logits, target_logits))
+        options = {"lambda_decay": LAMBDA_DECAY, "with_grad": ctx.needs_input_grad[0]}
+        loss_N, alpha_N, grad_NV = atlas_kernels.lk_hybrid(rows_NV, targets_NF, vocab_ids, **options)
+        loss, alpha = loss_N.view(draft_logits.shape[:-1]), alpha_N.view(draft_logits.shape[:-1])
+        if grad_NV is not None:
+            ctx.save_for_backward(grad_NV.view(draft_logits.shape))
         ctx.mark_non_differentiable(alpha)
         return loss, alpha
 
     @staticmethod
     def backward(ctx, grad_loss, grad_alpha):
-        return ctx.saved_tensors[0] * grad_loss[..., None], None, None, None
+        return ctx.saved_tensors[0] * grad_loss[..., None], None, None

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import atlas_kernels
-from atlas_kernels import coupled_sample, device_row_keys, fused_linear
+from atlas_kernels import coupled_sample, device_row_keys, filter_thresholds, fused_linear
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.decode_state import DecodeState, to_device
 from atlas_rl.engine.twin import scale_logits
@@ -101,7 +100,7 @@ class RecurrentStep:
         thresholds_R = None
         if params.has_filters:
             cuts = {"top_k": params.top_k, "top_p": params.top_p, "min_p": params.min_p}
-            thresholds_R = atlas_kernels.filter_thresholds(logits_RV, params.temperature, **cuts)
+            thresholds_R = filter_thresholds(logits_RV, params.temperature, **cuts)
         keys_2R = device_row_keys(seeds_R, positions_R)
         options = {"thresholds_N": thresholds_R, "token_ids_V": self.ids_V}
         return coupled_sample(logits_RV, keys_2R, params.temperature, **options)[0]

@@ -28,6 +28,7 @@ MAX_SMALL_QUERY = 32
 (about twofold)."""
 
 
+@torch.compiler.disable  # a compiled layer calls it as it is
 def atlas_attention(
     module: torch.nn.Module,
     query_1HND: torch.Tensor,

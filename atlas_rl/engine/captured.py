@@ -9,16 +9,18 @@ Shapes: N = R * Q places of R rows, Q = 1 + K draft tokens; D hidden size, V voc
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from itertools import chain
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-import atlas_kernels
-from atlas_kernels import SharedPrefixes, StepInputs, coupled_sample, finish_step, prepare_step
+from atlas_kernels import SharedPrefixes, StepInputs, coupled_sample, filter_thresholds, finish_step, prepare_step
 from atlas_rl.drafters.base import StepDrafter
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.decode_state import DecodeState, to_device
@@ -32,6 +34,8 @@ from atlas_rl.types import SamplingParams
 
 logger = logging.getLogger(__name__)
 
+COMPARED = 7
+"""Replays of a step with compiled layers, and without, of which the median decides."""
 CAPTURE_AFTER = 4
 """Steps that a bucket is wanted for before it is captured, while a larger one serves: a draining batch passes some quickly."""
 LADDER = ((8, 1), (16, 2), (32, 4), (64, 8), (128, 16), (256, 32))
@@ -107,7 +111,12 @@ class CapturedSteps:
     """Of one policy, over any number of rollouts: what is captured is kept as long as the memory that it reads stays."""
 
     def __init__(
-        self, view: PolicyView, graphs: GraphBackend, drafters: dict[str, StepDrafter], max_drafts: int
+        self,
+        view: PolicyView,
+        graphs: GraphBackend,
+        drafters: dict[str, StepDrafter],
+        max_drafts: int,
+        compile_layers: bool = False,
     ) -> None:
         self.max_drafts = 1 << (max_drafts - 1).bit_length()
         """Per row, of the host: it makes them few lengths, the powers of two."""
@@ -122,6 +131,8 @@ class CapturedSteps:
         self.state: DecodeState | None = None
         self.failure: str | None = None
         """Why nothing is captured any more."""
+        self.may_compile = compile_layers and view.fused is None
+        """Whether compiled layers are still to be tried."""
 
     @staticmethod
     def supports(sampling: SamplingParams) -> bool:
@@ -283,6 +294,28 @@ class CapturedSteps:
         except Exception as error:  # whatever a driver, a library or an architecture does not allow
             self.failure = f"{type(error).__name__}: {error}"
             raise CaptureFailed(self.failure) from error
+        if self.may_compile:
+            self.may_compile = False
+            self._try_compiled(key)
+
+    def _try_compiled(self, key: StepKey) -> None:
+        """Compile the policy's layers, and keep that if the step is faster."""
+        start, plain = time.perf_counter(), self.steps[key]
+        seconds = median(self.measure(key, COMPARED))
+        try:
+            self.view.compile_layers()
+            self.steps[key] = self.graphs.capture(self._program(key))
+            compiled_seconds = median(self.measure(key, COMPARED))
+        except Exception as error:  # of a compiler that does not know the architecture, or has no compiler of its own
+            compiled_seconds, reason = math.inf, f"it fails: {type(error).__name__}: {error}"
+        else:
+            reason = f"a step takes {1e3 * compiled_seconds:.2f} ms with it, {1e3 * seconds:.2f} ms without"
+        is_better = compiled_seconds < seconds
+        if not is_better:
+            self.view.drop_compiled_layers()
+            self.steps[key] = plain
+        verdict = "are compiled" if is_better else "stay as they are"
+        logger.info("the policy's layers %s: %s (%.0f s)", verdict, reason, time.perf_counter() - start)
 
     def measure(self, key: StepKey, repeats: int) -> list[float]:
         """Seconds of a step over padding, for whoever chooses between steps."""
@@ -303,7 +336,7 @@ class CapturedSteps:
         slots_R, drafts_RK = self.slots_R[:num_rows], self.drafts[: num_rows * num_drafts].view(num_rows, num_drafts)
         draft_lens_R = self.draft_lens_R[:num_rows] if num_drafts and not name else None
         query_starts_R = torch.arange(num_rows, device=slots_R.device) * num_places
-        (first_P, num_rows_P), shared_R = self.spans_3P[:2, :num_rows], self.shared_R[:num_rows]
+        (first_P, num_rows_P), shared_R = self.spans_3P[:2, : num_rows // 2], self.shared_R[:num_rows]
 
         def step() -> StepOutputs:
             rows = (state.last_tokens_S, state.starts_S, state.remaining_S)
@@ -359,7 +392,7 @@ class CapturedSteps:
             thresholds_N = None
             if params.has_filters and not params.is_greedy:
                 cuts = {"top_k": params.top_k, "top_p": params.top_p, "min_p": params.min_p}
-                thresholds_N = atlas_kernels.filter_thresholds(logits_NV, temperature, **cuts, forbidden=forbidden)
+                thresholds_N = filter_thresholds(logits_NV, temperature, **cuts, forbidden=forbidden)
             keys_2N = None if params.is_greedy else inputs.keys_2N[:, part]
             options = {"thresholds_N": thresholds_N, "forbidden": forbidden}
             parts.append(coupled_sample(logits_NV, keys_2N, temperature, **options))

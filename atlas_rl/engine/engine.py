@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from atlas_kernels import fix_routes
 from atlas_rl.config import AtlasConfig
 from atlas_rl.control.controller import Controller
 from atlas_rl.control.cost_model import FixedStepCost, StepCost
@@ -78,6 +79,8 @@ class RolloutEngine:
         self.speculator = Speculator(drafters, self.controller, view, lookahead=self.config.lookahead)
         if graphs is None and self.config.engine.capture_steps:
             graphs = backend_for(view.device)
+        if self.config.deterministic and view.device.type == "cuda":
+            fix_routes()
         self.captured = None if graphs is None else self._capturing(graphs)
         self.stats = RolloutStats()
         """Figures of the last rollout, also of one that was interrupted."""
@@ -196,7 +199,8 @@ class RolloutEngine:
         within = {name: drafter for name, drafter in within.items() if drafter is not None}
         self.speculator.alone = alone = frozenset(within)
         self.controller.arms = [arm for arm in self.controller.arms if len(arm) < 2 or not alone.intersection(arm)]
-        return CapturedSteps(self.view, graphs, within, max(MAX_DRAFT_LEN, self.config.lookahead or 0))
+        longest = max(MAX_DRAFT_LEN, self.config.lookahead or 0)
+        return CapturedSteps(self.view, graphs, within, longest, self.config.engine.compile_layers)
 
     def _finish(self, sequences: list[Sequence], start: float) -> None:
         """Close the books and free KV memory, after success and after an exception alike."""

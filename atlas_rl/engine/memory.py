@@ -15,7 +15,7 @@ from atlas_rl.engine.sequence import PromptGroup
 
 logger = logging.getLogger(__name__)
 
-FREE_SHARE = {"cpu": 0.5, "cuda": 0.85}
+FREE_SHARE, FREE_SHARE_GPU = 0.5, 0.85
 """Share of the free memory that the KV cache may take when no bound is configured. A GPU's rest is for activations and logits; a
 CPU's memory is shared with others."""
 KEPT_SHARE = 0.02
@@ -64,7 +64,7 @@ def kv_blocks(
     """
     block_bytes = shape.block_bytes + drafter_block_bytes
     if config.kv_memory_gib is None:
-        bound_bytes = FREE_SHARE[device.type] * free_bytes(device)
+        bound_bytes = (FREE_SHARE_GPU if device.type == "cuda" else FREE_SHARE) * free_bytes(device)
     else:
         bound_bytes = config.kv_memory_gib * 2**30
     bound = int(bound_bytes // block_bytes)

@@ -167,6 +167,15 @@ class PolicyView:
             for layer in self.tapped_layers
         ]
 
+    def compile_layers(self, **options: Any) -> None:
+        """Have the twin's layers compiled at their next call, by `torch.compile` with these options: one code for all."""
+        for layer in decoder_layers(self.twin):
+            layer.compile(dynamic=True, **options)
+
+    def drop_compiled_layers(self) -> None:
+        for layer in decoder_layers(self.twin):
+            layer._compiled_call_impl = None  # what nn.Module calls where it is there
+
     def hidden_states(self, batch: ForwardBatch) -> torch.Tensor:
         """Last hidden states [N, D] (after the final norm) of a batch whose KV lands in its cache; also `batch.hidden_ND`."""
         if self.fused is not None:

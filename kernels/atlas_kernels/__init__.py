@@ -20,9 +20,12 @@ __all__ = [
     "coupled_sample",
     "cpu",
     "device_row_keys",
+    "filter_thresholds",
     "finish_step",
+    "fix_routes",
     "fused_linear",
     "gumbel_noise",
+    "lk_hybrid",
     "noise_bits",
     "paged_attention",
     "prepare_step",
@@ -68,6 +71,20 @@ def coupled_sample(
     if is_plain and on_cpu and cpu.unavailable_reason() is None:
         return cpu.coupled_sample(logits_NV, keys_2N, temperature)
     return _module("sampling", logits_NV).coupled_sample(logits_NV, keys_2N, temperature, **options)
+
+
+def filter_thresholds(
+    logits_NV: torch.Tensor,
+    temperature: float,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    forbidden: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The smallest logit / T that each row may draw, for `coupled_sample`; see `reference.filter_thresholds`."""
+    ops = reference if logits_NV.dtype == torch.float64 else _module("sampling", logits_NV)
+    return ops.filter_thresholds(logits_NV, temperature, top_k=top_k, top_p=top_p, min_p=min_p, forbidden=forbidden)
 
 
 def device_row_keys(seeds_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
@@ -142,6 +159,20 @@ def fused_linear(
     return _module("linears", x_ND).fused_linear(x_ND, weights, biases, **options)
 
 
+def lk_hybrid(
+    draft_logits_NV: torch.Tensor,
+    target_logits_NF: torch.Tensor,
+    vocab_ids_V: torch.Tensor | None = None,
+    *,
+    lambda_decay: float = 3.0,
+    with_grad: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """A drafter's loss per row, its acceptance, and the loss's gradient; see `reference.lk_hybrid`."""
+    module = reference if draft_logits_NV.dtype == torch.float64 else _module("distill", draft_logits_NV)
+    options = {"lambda_decay": lambda_decay, "with_grad": with_grad}
+    return module.lk_hybrid(draft_logits_NV, target_logits_NF, vocab_ids_V, **options)
+
+
 def rms_norm(x_ND: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm of each row, in x's dtype; see `reference.rms_norm`."""
     return _module("linears", x_ND).rms_norm(x_ND, weight_D, eps)
@@ -210,6 +241,11 @@ triton_everywhere = False
 def uses_triton(tensor: torch.Tensor) -> bool:
     """Whether ops on this tensor run as Triton kernels: on a GPU, where they all compute what their twins do."""
     return triton_everywhere or (tensor.is_cuda and unavailable_reason(tensor.device) is None)
+
+
+def fix_routes() -> None:
+    """From now on no clock decides how something is computed, and so how it is rounded."""
+    import_module("atlas_kernels.linears").ROUTES.measures = False
 
 
 def _module(name: str, tensor: torch.Tensor):

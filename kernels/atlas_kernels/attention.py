@@ -26,35 +26,31 @@ PROGRAMS_PER_MULTIPROCESSOR = 4
 """From so many on, cutting contexts buys nothing."""
 
 
-class Work(NamedTuple):
-    """Tokens that attend together: each row's to its own context, or each span's to the shared start of row `rows[span]`'s."""
-
-    query_starts: torch.Tensor
-    query_lens: torch.Tensor
-    rows: torch.Tensor | None
-    max_query_len: int
-
-
-class Plan(NamedTuple):
-    """How a launch is cut: (token, head) pairs and context tokens of a program's tile; tiles of a row, parts of its context."""
+class Tiling(NamedTuple):
+    """Of a program: (token, head) pairs at once, tokens of their context at a time, warps."""
 
     block_m: int
     tile: int
     num_warps: int
+
+
+class Launch(NamedTuple):
+    """Of `attention_kernel`, over rows, or over spans that see the shared start of the contexts of `rows`."""
+
+    query_starts: torch.Tensor
+    query_lens: torch.Tensor
+    rows: torch.Tensor | None
+    tiling: Tiling
+    num_programs: int
+    """Per KV head and part of the contexts."""
     num_tiles: int
+    """Of each row."""
     num_splits: int
+    """Parts of each context."""
 
 
-def choose_plan(
-    num_items: int,
-    num_pairs: int,
-    max_context: int,
-    num_kv_heads: int,
-    head_dim: int,
-    itemsize: int,
-    num_processors: int,
-) -> Plan:
-    """For items (rows or spans) of up to so many (token, head) pairs per KV head, and KV elements of so many bytes.
+def choose_tiling(num_pairs: int, head_dim: int, itemsize: int) -> Tiling:
+    """For up to so many (token, head) pairs of a row or span and a KV head, and KV elements of so many bytes.
 
     The accumulators, block_m · D of float32, stay within 64 registers of a thread.
     """
@@ -67,22 +63,52 @@ def choose_plan(
         num_warps = 8
     elif block_m >= 64:
         block_m, tile = 64, max(tile // 2, 16)
-    num_tiles = triton.cdiv(num_pairs, block_m)
-    max_parts = max_context // max(MIN_PART, MIN_PART_PER_PAIR * min(num_pairs, block_m))
-    num_splits = choose_num_splits(num_items * num_tiles * num_kv_heads, max_parts, num_processors)
-    return Plan(block_m, tile, num_warps, num_tiles, num_splits)
+    return Tiling(block_m, tile, num_warps)
 
 
-def choose_num_splits(num_programs: int, max_parts: int, num_processors: int) -> int:
-    """Into how many parts each context is cut so that all multiprocessors are busy."""
+def choose_num_splits(num_programs: int, num_pairs: int, max_context: int, num_processors: int) -> int:
+    """Into how many parts contexts are cut to keep all multiprocessors busy, at so many busy programs and pairs of each."""
     wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * num_processors, num_programs)
-    return max(1, min(wanted, max_parts, MAX_SPLITS))
+    useful = max_context // max(MIN_PART, MIN_PART_PER_PAIR * num_pairs)
+    return max(1, min(wanted, useful, MAX_SPLITS))
 
 
 def combine_warps(num_partials: int, head_dim: int) -> int:
     """Of `combine_kernel`, for at most 64 float32 of partials in a thread."""
     num_elements = triton.next_power_of_2(num_partials) * triton.next_power_of_2(head_dim)
     return min(max(num_elements // 2048, 1), 8)
+
+
+def _launch_rows(
+    query_NHD: torch.Tensor,
+    kv_2BHSD: torch.Tensor,
+    max_context: int,
+    query_starts_R: torch.Tensor,
+    query_lens_R: torch.Tensor,
+    max_query_len: int,
+) -> Launch:
+    num_rows, num_kv_heads, head_dim = len(query_lens_R), kv_2BHSD.shape[2], kv_2BHSD.shape[4]
+    num_pairs = max_query_len * query_NHD.shape[1] // num_kv_heads
+    tiling = choose_tiling(num_pairs, head_dim, kv_2BHSD.element_size())
+    num_tiles = triton.cdiv(num_pairs, tiling.block_m)
+    num_processors = num_multiprocessors(query_NHD.device)
+    busy, num_pairs = num_rows * num_tiles * num_kv_heads, min(num_pairs, tiling.block_m)
+    num_splits = choose_num_splits(busy, num_pairs, max_context, num_processors)
+    return Launch(query_starts_R, query_lens_R, None, tiling, num_rows * num_tiles, num_tiles, num_splits)
+
+
+def _launch_spans(query_NHD: torch.Tensor, kv_2BHSD: torch.Tensor, max_context: int, shared: SharedPrefixes) -> Launch:
+    """Which spans are how long, only the device knows: together they have at most N tokens, and may all be one."""
+    num_tokens, num_heads, head_dim = query_NHD.shape
+    num_kv_heads = kv_2BHSD.shape[2]
+    groups = num_heads // num_kv_heads
+    # spans are mostly far shorter than the longest possible: more than 64 pairs at once would be idle, and their buffers idle too
+    tiling = choose_tiling(min(shared.max_query_len * groups, 64), head_dim, kv_2BHSD.element_size())
+    num_full = num_tokens * groups // tiling.block_m
+    num_programs = num_full + min(len(shared.rows_P), len(shared.num_shared_R))
+    num_processors = num_multiprocessors(query_NHD.device)
+    num_splits = choose_num_splits(max(num_full, 1) * num_kv_heads, tiling.block_m, max_context, num_processors)
+    return Launch(*shared[:3], tiling, num_programs, 0, num_splits)
 
 
 def paged_attention(
@@ -118,26 +144,14 @@ def paged_attention(
         return out_NHD.zero_()
     if query_starts_R is None:
         query_starts_R = query_lens_R.cumsum(0) - query_lens_R
-    works = [Work(query_starts_R, query_lens_R, None, max_query_len or num_tokens)]
-    if shared:
-        works.append(Work(shared.query_starts_P, shared.query_lens_P, shared.rows_P, shared.max_query_len))
-
-    groups, max_context = num_heads // num_kv_heads, num_blocks * block_size
+    max_query_len, max_context = max_query_len or num_tokens, num_blocks * block_size
     if sliding_window:
-        max_context = min(max_context, sliding_window + works[0].max_query_len)
-    plans = [
-        choose_plan(
-            len(work.query_lens),
-            work.max_query_len * groups,
-            max_context,
-            num_kv_heads,
-            head_dim,
-            kv_2BHSD.element_size(),
-            num_multiprocessors(query_NHD.device),
-        )
-        for work in works
-    ]
-    num_partials = sum(plan.num_splits for plan in plans)
+        max_context = min(max_context, sliding_window + max_query_len)
+    rows = (query_starts_R, query_lens_R, max_query_len)
+    launches = [_launch_rows(query_NHD, kv_2BHSD, max_context, *rows)]
+    if shared:
+        launches.append(_launch_spans(query_NHD, kv_2BHSD, max_context, shared))
+    num_partials = sum(launch.num_splits for launch in launches)
     parts_NHPD, lse_NHP = out_NHD, None
     if num_partials > 1:
         parts_NHPD = out_NHD.new_empty(num_tokens, num_heads, num_partials, head_dim, dtype=torch.float32)
@@ -147,8 +161,8 @@ def paged_attention(
 
     block_d = triton.next_power_of_2(head_dim)
     first_partial = 0
-    for work, plan in zip(works, plans, strict=True):
-        attention_kernel[(len(work.query_lens) * plan.num_tiles, num_kv_heads, plan.num_splits)](
+    for launch in launches:
+        attention_kernel[(launch.num_programs, num_kv_heads, launch.num_splits)](
             parts_NHPD,
             lse_NHP,
             query_NHD,
@@ -156,42 +170,44 @@ def paged_attention(
             value_BHSD,
             block_tables_RM,
             starts_R,
-            work.query_starts,
-            work.query_lens,
-            work.rows,
+            launch.query_starts,
+            launch.query_lens,
+            launch.rows,
             shared.num_shared_R if shared else None,
             query_NHD.stride(0),
             query_NHD.stride(1),
             block_tables_RM.stride(0),
             scaling,
             num_tokens,
-            plan.num_tiles,
-            plan.num_splits,
+            len(launch.query_lens),
+            launch.num_tiles,
+            launch.num_splits,
             num_partials,
             first_partial,
             SPLIT=num_partials > 1,
-            SPANS=work.rows is not None,
-            WINDOW=sliding_window,
-            SOFTCAP=softcap,
+            SPANS=launch.rows is not None,
+            WINDOW=sliding_window or None,
+            SOFTCAP=softcap or None,
             DOT_IN_FP32=INTERPRETED and kv_2BHSD.dtype == torch.bfloat16,
-            GROUPS=groups,
+            GROUPS=num_heads // num_kv_heads,
             NUM_KV_HEADS=num_kv_heads,
             BLOCK_SIZE=block_size,
             HEAD_DIM=head_dim,
             BLOCK_D=block_d,
-            BLOCK_M=plan.block_m,
-            TILE=plan.tile,
-            num_warps=plan.num_warps,
+            BLOCK_M=launch.tiling.block_m,
+            TILE=launch.tiling.tile,
+            BLOCK_ITEMS=triton.next_power_of_2(len(launch.query_lens)) if launch.rows is not None else None,
+            num_warps=launch.tiling.num_warps,
             num_stages=NUM_STAGES,
         )
-        first_partial += plan.num_splits
+        first_partial += launch.num_splits
     if num_partials > 1:
         combine_kernel[(num_tokens * num_heads,)](
             out_NHD,
             parts_NHPD,
             lse_NHP,
             num_partials,
-            plans[0].num_splits,
+            launches[0].num_splits,
             HEAD_DIM=head_dim,
             BLOCK_D=block_d,
             BLOCK_P=triton.next_power_of_2(num_partials),

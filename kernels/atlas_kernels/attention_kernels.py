@@ -71,7 +71,15 @@ def attend(
 
 
 @triton.jit(
-    do_not_specialize=("stride_table", "num_tokens", "num_tiles", "num_splits", "num_partials", "first_partial"),
+    do_not_specialize=(
+        "stride_table",
+        "num_tokens",
+        "num_items",
+        "num_tiles",
+        "num_splits",
+        "num_partials",
+        "first_partial",
+    ),
     do_not_specialize_on_alignment=(
         "tables_ptr",
         "starts_ptr",
@@ -98,6 +106,7 @@ def attention_kernel(
     stride_table,
     scaling,
     num_tokens,
+    num_items,
     num_tiles,
     num_splits,
     num_partials,
@@ -114,20 +123,29 @@ def attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
+    BLOCK_ITEMS: tl.constexpr,
 ):
     """softmax(scaling Q K^T) V of M queries, over one of the parts of their context.
 
     A program reads its keys and values once for all its queries. It owns the places from its row's first token to the next row's
-    and writes all of them, zeros where there is no token. SPANS: rows are spans, which see all of num_shared tokens and no more.
-    SPLIT: out and lse are float32 partials [N, H, partials(, D)]. Grid: (rows · tiles, KV heads, splits).
+    and writes all of them, zeros where there is no token. SPANS: items are not rows but spans, which see all of num_shared tokens
+    and no more. SPLIT: out and lse are float32 partials [N, H, partials(, D)]. Grid: (tiles of items, KV heads, splits).
     """
-    item, tile = tl.program_id(0) // num_tiles, num_tiles - 1 - tl.program_id(0) % num_tiles  # the longest tiles first
-    kv_head, split = tl.program_id(1), tl.program_id(2)
+    program, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if SPANS:  # one span's tiles after the other's; what programs are left over have nothing to do
+        p = tl.arange(0, BLOCK_ITEMS)
+        num_pairs_P = tl.load(query_lens_ptr + p, mask=p < num_items, other=0).to(tl.int32) * GROUPS
+        num_tiles_P = (num_pairs_P + BLOCK_M - 1) // BLOCK_M
+        item = tl.sum((tl.cumsum(num_tiles_P, 0) <= program).to(tl.int32), 0)
+        if item >= num_items:
+            return
+        tile = program - tl.sum(tl.where(p < item, num_tiles_P, 0), 0)
+        row = tl.load(rows_ptr + item).to(tl.int32)
+    else:
+        item, tile = program // num_tiles, num_tiles - 1 - program % num_tiles  # the longest tiles first
+        row = item
     place = tl.load(query_starts_ptr + item)
     query_len = tl.load(query_lens_ptr + item).to(tl.int32)
-    row = item
-    if SPANS:
-        row = tl.load(rows_ptr + item).to(tl.int32)
     num_shared = 0
     if num_shared_ptr is not None:
         num_shared = tl.load(num_shared_ptr + row).to(tl.int32)
@@ -143,8 +161,8 @@ def attention_kernel(
         if WINDOW is not None:
             begin = tl.maximum(start + tile * BLOCK_M // GROUPS - WINDOW + 1, 0) // BLOCK_SIZE * BLOCK_SIZE
         end = start + tl.minimum(query_len, ((tile + 1) * BLOCK_M + GROUPS - 1) // GROUPS)
-        is_last = item + 1 == tl.num_programs(0) // num_tiles
-        num_owned = (tl.load(query_starts_ptr + item + 1, mask=not is_last, other=num_tokens) - place).to(tl.int32)
+        next_place = tl.load(query_starts_ptr + item + 1, mask=item + 1 < num_items, other=num_tokens)
+        num_owned = (next_place - place).to(tl.int32)
     position_M = tl.where(token_M < query_len, position_M, -1)  # sees nothing
     end = tl.where(tile * BLOCK_M < query_len * GROUPS, end, begin)
     part = (end - begin + num_splits * TILE - 1) // (num_splits * TILE) * TILE
@@ -175,7 +193,7 @@ def attention_kernel(
     )
 
     last_pair = (tile + 1) * BLOCK_M
-    if tile == num_tiles - 1:  # and whatever lies between here and the next row
+    if not SPANS and tile == num_tiles - 1:  # and whatever lies between here and the next row
         last_pair = tl.maximum(last_pair, num_owned * GROUPS)
     for first in range(tile * BLOCK_M, last_pair, BLOCK_M):
         pair_M = first + tl.arange(0, BLOCK_M)

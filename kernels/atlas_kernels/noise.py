@@ -10,11 +10,17 @@ BLOCK = 2048
 
 
 @triton.jit
-def hash_token(token, offset, stride):
-    """lowbias32(stride * token + offset) >> 1: 31 uniform bits. All uint32."""
+def hash_rounds(token, offset, stride):
+    """lowbias32(stride * token + offset) up to its last step, which leaves the upper 16 bits as they are. All uint32."""
     x = token * stride + offset
     x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
+    return (x ^ (x >> 15)) * 0x846CA68B
+
+
+@triton.jit
+def hash_token(token, offset, stride):
+    """lowbias32(stride * token + offset) >> 1: 31 uniform bits. All uint32."""
+    x = hash_rounds(token, offset, stride)
     return (x ^ (x >> 16)) >> 1
 
 

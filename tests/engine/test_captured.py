@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from atlas_rl.adapt.capture import Capture
 from atlas_rl.bench.output_law import check_output_law, random_requests, tiny_model
-from atlas_rl.config import AtlasConfig
+from atlas_rl.config import AtlasConfig, EngineConfig
 from atlas_rl.drafters.recurrent import RecurrentDrafter
 from atlas_rl.drafters.recurrent_head import RecurrentHead
 from atlas_rl.drafters.recurrent_step import RecurrentStep
@@ -285,6 +285,34 @@ def test_logits_that_are_not_finite_are_reported():
         model.lm_head.weight[5] = torch.nan
     with pytest.raises(FloatingPointError, match="weights have diverged"):
         engine.generate(make_requests(1, 2), SAMPLING)
+
+
+@pytest.mark.parametrize("backend", ["eager", "broken"])
+def test_compiled_layers_are_used_where_they_are_faster(backend: str, monkeypatch, caplog):
+    """By torch.compile's tracer alone, and by a compiler that fails."""
+
+    def broken(graph, inputs):
+        raise RuntimeError("no such instruction")
+
+    compile_layers = PolicyView.compile_layers
+    options = {"backend": broken if backend == "broken" else backend}
+    monkeypatch.setattr(PolicyView, "compile_layers", lambda self: compile_layers(self, **options))
+    model, requests = tiny_llama(torch.float64, hidden_act="gelu"), make_requests(2, 2, 6)
+    expected = RolloutEngine(PolicyView(model), PLAIN).generate(requests, SAMPLING)
+    view = PolicyView(model)
+    assert view.fused is None
+    config = AtlasConfig(speculate=False, engine=EngineConfig(compile_layers=True))
+    engine = RolloutEngine(view, config, graphs=EagerGraphs())
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
+        if backend == "eager":  # on CPU it is not faster: have it win to see it used
+            seconds = iter([[2.0], [1.0]])
+            measure = engine.captured.measure
+            patch.setattr(engine.captured, "measure", lambda *a: (measure(*a), next(seconds))[1])
+        made = engine.generate(requests, SAMPLING)
+    assert tokens_of(made) == tokens_of(expected) and engine.captured.failure is None
+    is_compiled = [layer._compiled_call_impl is not None for layer in view.twin.model.layers]
+    assert all(is_compiled) if backend == "eager" else not any(is_compiled)
+    assert ("are compiled: a step" if backend == "eager" else "no such instruction") in caplog.text
 
 
 # ---- beside it ---------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer
 
 from atlas_rl import AtlasConfig, AtlasRolloutGenerator
+from atlas_rl.engine import engine as engine_module
+from atlas_rl.engine.graphs import EagerGraphs
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -131,6 +133,22 @@ def test_training_is_the_same_with_and_without_speculation(tokenizer, tmp_path):
     rows = [row for row in rows_of(tmp_path / "True") if row["kind"] == "rollout"]
     assert sum(row["drafters"]["suffix"]["accepted"] for row in rows if "drafters" in row) > 0
     for a, b in zip(weights[0][1], weights[1][1], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_training_is_the_same_on_captured_steps(tokenizer, tmp_path, monkeypatch):
+    """As a GPU decodes, but that steps are called and not replayed: same completions, weights that change in between."""
+    runs = []
+    for name, graphs in (("called", None), ("captured", EagerGraphs())):
+        monkeypatch.setattr(engine_module, "backend_for", lambda device, graphs=graphs: graphs)
+        atlas = AtlasRolloutGenerator(AtlasConfig(lookahead=3))
+        trainer = make_trainer(tokenizer, tmp_path / name, [atlas], max_steps=3)
+        calls = completions_of(atlas)
+        trainer.train()
+        runs.append((calls, [p.detach().clone() for p in trainer.model.parameters()]))
+        assert all(("device_seconds" in row) == (graphs is not None) for row in rows_of(tmp_path / name))
+    assert runs[0][0] == runs[1][0]
+    for a, b in zip(runs[0][1], runs[1][1], strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -72,14 +72,14 @@ RAGGED = ([0, 30, 15, 0, 3, 150, 9], [1, 3, 1, 0, 5, 2, 0])
 """One token at the start of a sequence, blocks just filled, a draft across a block's end, many blocks, padding."""
 
 
-@pytest.mark.parametrize("tolerance", TOLERANCES)
+@pytest.mark.parametrize("tolerance", [FLOAT32, FLOAT16])
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1), (8, 2), (8, 1)])
 def test_ragged_rows(tolerance, heads, num_splits):
     check(tolerance, *RAGGED, heads=heads)
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
-@pytest.mark.parametrize("tolerance", [FLOAT32, FLOAT16])
+@pytest.mark.parametrize("tolerance", [FLOAT16, BFLOAT16])
 def test_head_dims(head_dim, tolerance, num_splits):
     check(tolerance, [40, 0], [2, 3], head_dim=head_dim)
 
@@ -130,9 +130,9 @@ def test_shared_prefixes(query_len: int, heads: tuple[int, int], num_splits):
     rows = (tables, torch.tensor(shared) + torch.tensor(own), lens, 0.2)
     where = {"query_starts_R": torch.arange(6) * places, "max_query_len": query_len}
     prefixes = SharedPrefixes(
-        query_starts_P=torch.tensor([0, 3, 0]) * places,
-        query_lens_P=torch.tensor([2, 3, 0]) * places,
-        rows_P=torch.tensor([0, 3, 0]),
+        query_starts_P=torch.tensor([0, 0, 3]) * places,
+        query_lens_P=torch.tensor([2, 0, 3]) * places,
+        rows_P=torch.tensor([0, 0, 3]),
         num_shared_R=torch.tensor(shared),
         max_query_len=3 * places,
     )
@@ -148,9 +148,9 @@ def test_shared_prefixes(query_len: int, heads: tuple[int, int], num_splits):
 
 def test_a_long_context_is_cut_by_its_own_length(monkeypatch):
     """The parts follow from the row's length: none of a short row's lies in the rest of a long block table."""
-    assert attention.choose_plan(2, 2, 1024, 1, 32, 4, 132).num_splits == 8
-    assert attention.choose_plan(2, 32, 1024, 1, 32, 4, 132).num_splits == 4
-    assert attention.choose_plan(600, 2, 1024, 1, 32, 4, 132).num_splits == 1
+    assert attention.choose_num_splits(2, 2, 1024, 132) == 8
+    assert attention.choose_num_splits(2, 32, 1024, 132) == 4
+    assert attention.choose_num_splits(600, 2, 1024, 132) == 1
     check(FLOAT32, [900, 10], [2, 1], heads=(2, 1))
 
 
@@ -238,10 +238,12 @@ def attention_case(
     dtype: str, head_dim: int, groups: int, query_len: int, rows: int, *, spans=False, options=(None, None)
 ) -> Case:
     """A launch over contexts of 4096 tokens, 8 KV heads, on an H100."""
-    plan = attention.choose_plan(rows, query_len * groups, 4096, 8, head_dim, 2 if dtype == "*bf16" else 4, 132)
-    is_split = spans or plan.num_splits > 1
+    num_pairs = query_len * groups
+    tiling = attention.choose_tiling(num_pairs, head_dim, 2 if dtype == "*bf16" else 4)
+    num_programs = rows * -(-num_pairs // tiling.block_m) * 8
+    is_split = spans or attention.choose_num_splits(num_programs, min(num_pairs, tiling.block_m), 4096, 132) > 1
     numbers = ["tables_ptr", "starts_ptr", "query_starts_ptr", "query_lens_ptr", "rows_ptr", "num_shared_ptr"]
-    scalars = ["num_tokens", "num_tiles", "num_splits", "num_partials", "first_partial"]
+    scalars = ["num_tokens", "num_items", "num_tiles", "num_splits", "num_partials", "first_partial"]
     strides = ["stride_query_n", "stride_query_h", "stride_table"]
     arguments = dict.fromkeys(["query_ptr", "key_ptr", "value_ptr"], dtype)
     arguments |= {"out_ptr": "*fp32" if is_split else dtype, "lse_ptr": "*fp32", "scaling": "fp32"}
@@ -258,15 +260,16 @@ def attention_case(
         "BLOCK_SIZE": 16,
         "HEAD_DIM": head_dim,
         "BLOCK_D": head_dim,
-        "BLOCK_M": plan.block_m,
-        "TILE": plan.tile,
+        "BLOCK_M": tiling.block_m,
+        "TILE": tiling.tile,
+        "BLOCK_ITEMS": 64 if spans else None,
     }
     return Case(
         module="atlas_kernels.attention_kernels",
         kernel="attention_kernel",
         arguments={name: kind for name, kind in arguments.items() if name not in absent},
         constants=constants | dict.fromkeys(absent),
-        num_warps=plan.num_warps,
+        num_warps=tiling.num_warps,
         num_stages=attention.NUM_STAGES,
     )
 
@@ -274,7 +277,7 @@ def attention_case(
 def test_attention_compiles():
     shapes = [(2, 1, 1), (4, 1, 128), (4, 12, 64), (4, 70, 1), (4, 2048, 4)]
     cases = [attention_case("*bf16", 128, *shape) for shape in shapes]
-    cases += [attention_case("*bf16", 64, *shape) for shape in shapes[::2]]
+    cases += [attention_case("*bf16", 64, *shape) for shape in shapes[1::2]]
     cases += [attention_case("*fp32", 128, *shape) for shape in shapes[::4]]
     cases += [
         attention_case("*bf16", 128, 2, 16, 8, spans=True),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from compiling import Case, check_compiles
 
+import atlas_kernels
 from atlas_kernels import reference
 from atlas_kernels.routes import Routes
 
@@ -125,13 +126,12 @@ def test_a_row_that_is_normed_may_be_large_in_float16():
     torch.testing.assert_close(got, reference.fused_linear(x, weights, **options), atol=0.05, rtol=0.01)
 
 
-def test_takes_a_view_and_weights_that_learn():
-    from atlas_kernels import linears
-
+def test_takes_a_view_and_weights_that_learn(monkeypatch):
+    monkeypatch.setattr(atlas_kernels, "triton_everywhere", True)
     (x, weights, _), options = arguments(KINDS[3], 6, torch.float32)
     weights = [torch.nn.Parameter(w) for w in weights]
     options["residual_NO"] = options["residual_NO"][::2]
-    got = linears.fused_linear(x[::2], weights, **options)
+    got = atlas_kernels.fused_linear(x[::2], weights, **options)
     assert not got.requires_grad
     torch.testing.assert_close(got, reference.fused_linear(x[::2], weights, **options).detach(), atol=1e-5, rtol=1e-4)
 
@@ -276,8 +276,8 @@ def test_compiles_for_ampere_and_hopper():
     served = [  # kind, rows, residual stream, weights
         *[(kind, 1, bf16, bf16) for kind in ("qkv", "gate_up")],
         *[(kind, 16, bf16, bf16) for kind in LAYER],
-        *[("gate_up", 32, bf16, bf16), ("out", 64, bf16, bf16)],
-        *[("gate_up", 1, fp32, bf16), ("qkv", 16, fp32, bf16), ("gate_up", 16, fp32, bf16), ("qkv", 32, fp32, bf16)],
+        ("out", 64, bf16, bf16),
+        *[("qkv", 16, fp32, bf16), ("gate_up", 16, fp32, bf16), ("qkv", 32, fp32, bf16)],
         ("qkv", 16, fp32, fp32),
     ]
     cases = []

@@ -5,6 +5,8 @@ Shapes: N rows, V columns (token ids, unless `token_ids_V` says which), F forbid
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from atlas_kernels.reference.noise import gumbel_noise
@@ -46,6 +48,43 @@ def coupled_sample(
     normalizers_N = normalizers_N.masked_fill(normalizers_N == torch.inf, torch.nan)
     logprobs_N = scaled_NV.gather(-1, columns_N[:, None])[:, 0] - normalizers_N
     return columns_N if token_ids_V is None else token_ids_V[columns_N], logprobs_N
+
+
+def filter_thresholds(
+    logits_NV: torch.Tensor,
+    temperature: float,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    forbidden: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The smallest logit / T that may be drawn after top-k, then top-p among what is left, then min-p.
+
+    Boundaries are those of transformers' logits processors, but that equal logits at a boundary are kept together: top-k keeps
+    what is not below the k-th value; top-p the smallest set whose share reaches top_p, of which the most probable token always
+    is one; min-p what is at least min_p times as probable as that token.
+
+    Args:
+        top_k: 0: all. forbidden: token ids [F] int64, and the rows [N] bool that are filtered as if these had no probability.
+    Returns:
+        [N] float32.
+    """
+    scores_NV = _scaled(logits_NV, temperature)
+    if forbidden is not None:
+        scores_NV = scores_NV.masked_fill(_forbidden(logits_NV, forbidden), -torch.inf)
+    thresholds_N = scores_NV.amax(-1) + (math.log(min_p) if min_p else -torch.inf)
+    if top_k:
+        kth_N = scores_NV.topk(min(top_k, scores_NV.shape[1])).values[:, -1]
+        scores_NV = scores_NV.masked_fill(scores_NV < kth_N[:, None], -torch.inf)
+        thresholds_N = thresholds_N.maximum(kth_N)
+    if top_p < 1:
+        sorted_NV = scores_NV.sort(descending=True).values
+        probs_NV = sorted_NV.softmax(-1)
+        is_dropped_NV = probs_NV.cumsum(-1) - probs_NV >= top_p
+        is_dropped_NV[:, 0] = False
+        thresholds_N = thresholds_N.maximum(sorted_NV.masked_fill(is_dropped_NV, torch.inf).amin(-1))
+    return thresholds_N.float()
 
 
 def _scaled(logits_NV: torch.Tensor, temperature: float) -> torch.Tensor:
