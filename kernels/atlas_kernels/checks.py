@@ -331,6 +331,17 @@ def _filter_thresholds(launcher: Callable, inputs: Inputs) -> float:
     return max(errors)
 
 
+def _lk_hybrid(launcher: Callable, inputs: Inputs) -> float:
+    """Over the whole vocabulary, and over a draft vocabulary of a third of it."""
+    sizes, errors = inputs.sizes, []
+    target = inputs.randn(sizes.num_rows, sizes.vocab) * 2
+    for ids in (None, torch.arange(0, sizes.vocab, 3, device=inputs.device)):
+        draft = inputs.randn(sizes.num_rows, sizes.vocab if ids is None else len(ids)) * 2
+        got, expected = launcher(draft, target, ids), reference.lk_hybrid(draft.double(), target.double(), ids)
+        errors += [relative_error(x, y) for x, y in zip(got, expected, strict=True)]
+    return max(errors)
+
+
 CHECKS: dict[str, Callable[[Callable, Inputs], float]] = {
     "noise_bits": _noise_bits,
     "gumbel_noise": _gumbel_noise,
@@ -345,4 +356,5 @@ CHECKS: dict[str, Callable[[Callable, Inputs], float]] = {
     "fused_linear": _fused_linear,
     "coupled_sample": _coupled_sample,
     "filter_thresholds": _filter_thresholds,
+    "lk_hybrid": _lk_hybrid,
 }

@@ -29,6 +29,7 @@ MODULES = {
     "fused_linear": "linears",
     "coupled_sample": "sampling",
     "filter_thresholds": "sampling",
+    "lk_hybrid": "distill",
 }
 """Where each op's launcher is."""
 TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 5e-3, torch.float32: 2e-4}

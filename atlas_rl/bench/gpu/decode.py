@@ -164,7 +164,8 @@ class Model:
             "verify": median(a["device_s"] for a, _ in pairs),
             "plain": median(b["device_s"] for _, b in pairs),
         }
-        return rows | {"padding": self._padding_ratio(num_rows)}
+        proposed = sum(drafting.engine.stats.proposed_by_depth)
+        return rows | {"padding": self._padding_ratio(num_rows), "proposed": proposed}
 
     @torch.inference_mode()
     def _padding_ratio(self, num_rows: int) -> float:

@@ -136,7 +136,7 @@ def distill_speed(section: Section) -> dict[str, float]:
 
     (loss, _, grad), (expected_loss, (expected_grad,)) = ours(), eager()
     row = {
-        "loss_error": float((loss - expected_loss).abs().max()),
+        "loss_error": float((loss - expected_loss.detach()).abs().max()),
         "grad_error": float((grad - expected_grad).norm() / expected_grad.norm()),
         "seconds": machine.seconds([ours], plan.repeats, captured=False),
         "eager_seconds": machine.seconds([eager], plan.repeats, captured=False),
