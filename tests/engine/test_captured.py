@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 from unittest.mock import Mock
 
@@ -313,6 +314,23 @@ def test_compiled_layers_are_used_where_they_are_faster(backend: str, monkeypatc
     is_compiled = [layer._compiled_call_impl is not None for layer in view.twin.model.layers]
     assert all(is_compiled) if backend == "eager" else not any(is_compiled)
     assert ("are compiled: a step" if backend == "eager" else "no such instruction") in caplog.text
+
+
+def test_a_hundred_rollouts_leave_no_tensor_behind():
+    model = tiny_llama()
+    view = PolicyView(model)
+    engine, requests = RolloutEngine(view, AtlasConfig(lookahead=2), recurrent(view), graphs=EagerGraphs()), []
+    num_tensors = []
+    for rollout in range(100):
+        requests = make_requests(2, 2, 4, seed=rollout)
+        engine.generate(requests, SAMPLING)
+        with torch.no_grad():
+            model.lm_head.weight.add_(1e-4)
+        if rollout % 33 == 0:
+            gc.collect()
+            num_tensors.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
+    assert len(set(num_tensors[1:])) == 1, num_tensors
+    assert not engine.captured.steps and not engine.captured.wanted and engine.kv_cache is None
 
 
 # ---- beside it ---------------------------------------------------------------------------------------------------------------
