@@ -190,6 +190,13 @@ def combine_kernel(
 
 
 @triton.jit
+def order_of(logit, SHIFT: tl.constexpr):
+    """An int32 in the order of float32 values, less their SHIFT low bits, which no logit uses."""
+    bits = logit.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
+
+
+@triton.jit
 def logits_and_order(
     logits_ptr,
     column,
@@ -199,12 +206,11 @@ def logits_and_order(
     inverse_temperature,
     SHIFT: tl.constexpr,
 ):
-    """x = logit / T, -inf where forbidden, and an int32 in the logits' order, less the SHIFT low bits that no logit uses."""
+    """x = logit / T, -inf where forbidden, and `order_of` the logits."""
     logit = tl.load(logits_ptr + column, mask=column < vocab_size, other=float("-inf")).to(tl.float32)
     if forbidden_ids_ptr is not None:
         logit = without_forbidden(logit, column, forbidden_ids_ptr, num_forbidden)
-    bits = logit.to(tl.int32, bitcast=True)
-    return logit * inverse_temperature, (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
+    return logit * inverse_temperature, order_of(logit, SHIFT)
 
 
 @triton.jit
@@ -283,6 +289,7 @@ def threshold_kernel(
     vocab_size,
     top_k,
     top_p,
+    top_p_span,
     log_min_p,
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
@@ -345,9 +352,11 @@ def threshold_kernel(
                 SHIFT,
                 BLOCK,
             )
+            # however many, the columns below hold less than 1 - top_p
+            never_cut = order_of((highest - top_p_span) / inverse_temperature, SHIFT)
             low = lowest_kept(
                 total * top_p,
-                low,
+                tl.maximum(low, never_cut),
                 high,
                 highest,
                 logits_ptr,
@@ -459,7 +468,7 @@ def filter_thresholds(
 ) -> torch.Tensor:
     """Same as `reference.filter_thresholds`, up to float ties. Rows of logits are contiguous.
 
-    Reads the logits once for min-p; for each of top-k and top-p some 16 times (32-bit logits: up to 32), out of the L2 cache.
+    Reads the logits once for min-p; for top-k and top-p up to 16 times each (32-bit logits: 32), out of the L2 cache.
     """
     num_rows, vocab_size = logits_NV.shape
     thresholds_N = torch.empty(num_rows, dtype=torch.float32, device=logits_NV.device)
@@ -476,6 +485,7 @@ def filter_thresholds(
             vocab_size,
             min(top_k, vocab_size),
             float(top_p),
+            math.log(vocab_size / (1 - top_p)) + 0.01 if top_p < 1 else 0.0,
             math.log(min_p) if min_p else -math.inf,
             TOP_K=top_k > 0,
             TOP_P=top_p < 1,
