@@ -113,13 +113,12 @@ def sample_kernel(
                 best_column = tl.where(highest > best, at, best_column)
                 best = tl.where(highest > best, highest, best)
             else:
-                reference = tl.maximum(highest, best)
                 bits = (hashed ^ (hashed >> 16)) >> 1
-                # exp(x - reference) / v, whose logarithm bounds the score, and in its last bits the lane
-                bound = exp(drawn - reference) / (bits.to(tl.float32) + 0.5)
+                # exp(x - highest) / v, whose logarithm bounds the score, and in its last bits the lane
+                bound = exp(drawn - highest) / (bits.to(tl.float32) + 0.5)
                 bound = (bound.to(tl.int32, bitcast=True) & -BLOCK) | lane
                 top = tl.max(bound, 0)
-                while exceeds(top | (BLOCK - 1), best, reference):
+                while exceeds(top | (BLOCK - 1), best, highest):
                     at = start + (top & (BLOCK - 1))
                     token_at = at
                     if token_ids_ptr is not None:
@@ -145,13 +144,13 @@ def sample_kernel(
 
 
 @triton.jit
-def exceeds(bound, best, reference):
-    """Whether exp(reference) * bound * 2^31 > exp(best), less a margin; the bits of the bound are given.
+def exceeds(bound, best, highest):
+    """Whether exp(highest) * bound * 2^31 > exp(best), less a margin; the bits of the bound are given.
 
     Never for a bound of 0: a token that has none, or had its turn, is not looked at, whatever else the row holds.
     """
     margin = 1e-3 + 2.5e-7 * tl.abs(best)
-    lowest = tl.exp2((best - reference - margin) * LOG2_E - 31.0)
+    lowest = tl.exp2((best - highest - margin) * LOG2_E - 31.0)
     return bound.to(tl.float32, bitcast=True) > tl.maximum(lowest, 1e-20)
 
 
@@ -206,7 +205,7 @@ def logits_and_order(
     inverse_temperature,
     SHIFT: tl.constexpr,
 ):
-    """x = logit / T, -inf where forbidden, and `order_of` the logits."""
+    """x = logit / T and `order_of` the logits; columns that are forbidden, or beyond the row, are as those of a logit of -inf."""
     logit = tl.load(logits_ptr + column, mask=column < vocab_size, other=float("-inf")).to(tl.float32)
     if forbidden_ids_ptr is not None:
         logit = without_forbidden(logit, column, forbidden_ids_ptr, num_forbidden)
@@ -233,11 +232,10 @@ def kept_weight(
         x, order = logits_and_order(
             logits_ptr, column, vocab_size, forbidden_ids_ptr, num_forbidden, inverse_temperature, SHIFT
         )
-        kept = (order >= lowest) & (column < vocab_size)
         if COUNT:
-            totals += tl.where(kept, 1.0, 0.0)
+            totals += tl.where(order >= lowest, 1.0, 0.0)
         else:
-            totals += tl.where(kept, exp(x - highest), 0.0)
+            totals += tl.where(order >= lowest, exp(x - highest), 0.0)
     return tl.sum(totals, 0)
 
 
@@ -379,8 +377,7 @@ def threshold_kernel(
                 inverse_temperature,
                 SHIFT,
             )
-            kept = (order >= low.to(tl.int32)) & (start + lane < vocab_size)
-            bottoms = tl.minimum(bottoms, tl.where(kept, x, float("inf")))
+            bottoms = tl.minimum(bottoms, tl.where(order >= low.to(tl.int32), x, float("inf")))
         threshold = tl.maximum(threshold, tl.min(bottoms, 0))
     tl.store(out_ptr + row, threshold)
 

@@ -201,6 +201,18 @@ def test_equal_logits_at_a_boundary_stay_together(kernels, dtype: torch.dtype):
         assert ops.filter_thresholds(torch.full_like(row, -3.0), 1.0, top_p=0.5, top_k=3) == -3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "filters", [{"top_k": k} for k in (1, 7, 50, 99, 100)] + [{"top_p": p} for p in (0.02, 0.5, 0.97)]
+)
+def test_neighbouring_values(kernels, dtype: torch.dtype, filters: dict):
+    """The boundary lies between values with none between them, several times each: bisection has to end on the very one."""
+    steps = torch.randint(30, (6, 100), generator=torch.Generator().manual_seed(1))
+    logits = (1 + torch.finfo(dtype).eps * steps * torch.tensor([1, -1]).repeat(3)[:, None]).to(dtype)
+    got, twin = (ops.filter_thresholds(logits, 1.0, **filters) for ops in (kernels, reference))
+    assert torch.equal(got, twin)
+
+
 @pytest.mark.parametrize("ops", ["kernels", "twins"])
 @pytest.mark.parametrize("too_early", [False, True])
 def test_draws_are_those_of_the_engine(kernels, ops: str, too_early: bool):
