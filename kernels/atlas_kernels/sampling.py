@@ -55,8 +55,8 @@ def sample_kernel(
     """Of a chunk of a row's columns: the best x + g, x = logit / T, its column, and sum exp(x - base). Grid: (rows, chunks).
 
     As g = -log(-log1p(-v)) <= -log(v), a token can beat the best score so far only if v <= exp(x - best): a hash and one
-    exponential per column, and no logarithm. A block with such tokens, about one in the i-th block of 1 / i, takes their scores
-    one at a time, the highest bound first. Margins cover the roundings on either side: the result is exact.
+    exponential per column, and no logarithm. A block with such tokens (the chunk's i-th is one with a chance of about 1 / i)
+    takes their scores one at a time, the highest bound first. Margins cover the roundings on either side: the result is exact.
 
     `base` is the best score where anything may be drawn (it is within 23 of the highest x); a filtered row has its own.
     NaN and +inf leave a sum that is not finite.
@@ -69,7 +69,6 @@ def sample_kernel(
     if offset_ptr is not None:
         offset = tl.load(offset_ptr + row).to(tl.uint32, bitcast=True)
         stride = tl.load(stride_ptr + row).to(tl.uint32, bitcast=True)
-
     if thresholds_ptr is not None:
         threshold = tl.load(thresholds_ptr + row)
     if forbidden_ids_ptr is not None:
