@@ -55,8 +55,8 @@ def sample_kernel(
     """Of a chunk of a row's columns: the best x + g, x = logit / T, its column, and sum exp(x - base). Grid: (rows, chunks).
 
     As g = -log(-log1p(-v)) <= -log(v), a token can beat the best score so far only if v <= exp(x - best): a hash and one
-    exponential per column, and no logarithm. A block with such tokens, about one in the i-th block of 1 / i, takes their scores
-    one at a time, the highest bound first. Margins cover the roundings on either side: the result is exact.
+    exponential per column, and no logarithm. A block with such tokens (the chunk's i-th is one with a chance of about 1 / i)
+    takes their scores one at a time, the highest bound first. Margins cover the roundings on either side: the result is exact.
 
     `base` is the best score where anything may be drawn (it is within 23 of the highest x); a filtered row has its own.
     NaN and +inf leave a sum that is not finite.
@@ -69,7 +69,6 @@ def sample_kernel(
     if offset_ptr is not None:
         offset = tl.load(offset_ptr + row).to(tl.uint32, bitcast=True)
         stride = tl.load(stride_ptr + row).to(tl.uint32, bitcast=True)
-
     if thresholds_ptr is not None:
         threshold = tl.load(thresholds_ptr + row)
     if forbidden_ids_ptr is not None:
@@ -113,13 +112,12 @@ def sample_kernel(
                 best_column = tl.where(highest > best, at, best_column)
                 best = tl.where(highest > best, highest, best)
             else:
-                reference = tl.maximum(highest, best)
                 bits = (hashed ^ (hashed >> 16)) >> 1
-                # exp(x - reference) / v, whose logarithm bounds the score, and in its last bits the lane
-                bound = exp(drawn - reference) / (bits.to(tl.float32) + 0.5)
+                # exp(x - highest) / v, whose logarithm bounds the score, and in its last bits the lane
+                bound = exp(drawn - highest) / (bits.to(tl.float32) + 0.5)
                 bound = (bound.to(tl.int32, bitcast=True) & -BLOCK) | lane
                 top = tl.max(bound, 0)
-                while exceeds(top | (BLOCK - 1), best, reference):
+                while exceeds(top | (BLOCK - 1), best, highest):
                     at = start + (top & (BLOCK - 1))
                     token_at = at
                     if token_ids_ptr is not None:
@@ -145,13 +143,13 @@ def sample_kernel(
 
 
 @triton.jit
-def exceeds(bound, best, reference):
-    """Whether exp(reference) * bound * 2^31 > exp(best), less a margin; the bits of the bound are given.
+def exceeds(bound, best, highest):
+    """Whether exp(highest) * bound * 2^31 > exp(best), less a margin; the bits of the bound are given.
 
     Never for a bound of 0: a token that has none, or had its turn, is not looked at, whatever else the row holds.
     """
     margin = 1e-3 + 2.5e-7 * tl.abs(best)
-    lowest = tl.exp2((best - reference - margin) * LOG2_E - 31.0)
+    lowest = tl.exp2((best - highest - margin) * LOG2_E - 31.0)
     return bound.to(tl.float32, bitcast=True) > tl.maximum(lowest, 1e-20)
 
 
@@ -190,6 +188,13 @@ def combine_kernel(
 
 
 @triton.jit
+def order_of(logit, SHIFT: tl.constexpr):
+    """An int32 in the order of float32 values, less their SHIFT low bits, which no logit uses."""
+    bits = logit.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
+
+
+@triton.jit
 def logits_and_order(
     logits_ptr,
     column,
@@ -199,12 +204,11 @@ def logits_and_order(
     inverse_temperature,
     SHIFT: tl.constexpr,
 ):
-    """x = logit / T, -inf where forbidden, and an int32 in the logits' order, less the SHIFT low bits that no logit uses."""
+    """x = logit / T and `order_of` the logits; columns that are forbidden, or beyond the row, are as those of a logit of -inf."""
     logit = tl.load(logits_ptr + column, mask=column < vocab_size, other=float("-inf")).to(tl.float32)
     if forbidden_ids_ptr is not None:
         logit = without_forbidden(logit, column, forbidden_ids_ptr, num_forbidden)
-    bits = logit.to(tl.int32, bitcast=True)
-    return logit * inverse_temperature, (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
+    return logit * inverse_temperature, order_of(logit, SHIFT)
 
 
 @triton.jit
@@ -227,11 +231,10 @@ def kept_weight(
         x, order = logits_and_order(
             logits_ptr, column, vocab_size, forbidden_ids_ptr, num_forbidden, inverse_temperature, SHIFT
         )
-        kept = (order >= lowest) & (column < vocab_size)
         if COUNT:
-            totals += tl.where(kept, 1.0, 0.0)
+            totals += tl.where(order >= lowest, 1.0, 0.0)
         else:
-            totals += tl.where(kept, exp(x - highest), 0.0)
+            totals += tl.where(order >= lowest, exp(x - highest), 0.0)
     return tl.sum(totals, 0)
 
 
@@ -283,6 +286,7 @@ def threshold_kernel(
     vocab_size,
     top_k,
     top_p,
+    top_p_span,
     log_min_p,
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
@@ -345,9 +349,11 @@ def threshold_kernel(
                 SHIFT,
                 BLOCK,
             )
+            # however many, the columns below hold less than 1 - top_p
+            never_cut = order_of((highest - top_p_span) / inverse_temperature, SHIFT)
             low = lowest_kept(
                 total * top_p,
-                low,
+                tl.maximum(low, never_cut),
                 high,
                 highest,
                 logits_ptr,
@@ -370,8 +376,7 @@ def threshold_kernel(
                 inverse_temperature,
                 SHIFT,
             )
-            kept = (order >= low.to(tl.int32)) & (start + lane < vocab_size)
-            bottoms = tl.minimum(bottoms, tl.where(kept, x, float("inf")))
+            bottoms = tl.minimum(bottoms, tl.where(order >= low.to(tl.int32), x, float("inf")))
         threshold = tl.maximum(threshold, tl.min(bottoms, 0))
     tl.store(out_ptr + row, threshold)
 
@@ -459,7 +464,7 @@ def filter_thresholds(
 ) -> torch.Tensor:
     """Same as `reference.filter_thresholds`, up to float ties. Rows of logits are contiguous.
 
-    Reads the logits once for min-p; for each of top-k and top-p some 16 times (32-bit logits: up to 32), out of the L2 cache.
+    Reads the logits once for min-p; for top-k and top-p up to 16 times each (32-bit logits: 32), out of the L2 cache.
     """
     num_rows, vocab_size = logits_NV.shape
     thresholds_N = torch.empty(num_rows, dtype=torch.float32, device=logits_NV.device)
@@ -476,6 +481,7 @@ def filter_thresholds(
             vocab_size,
             min(top_k, vocab_size),
             float(top_p),
+            math.log(vocab_size / (1 - top_p)) + 0.01 if top_p < 1 else 0.0,
             math.log(min_p) if min_p else -math.inf,
             TOP_K=top_k > 0,
             TOP_P=top_p < 1,
