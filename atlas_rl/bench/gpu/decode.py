@@ -156,6 +156,8 @@ class Model:
     def verify(self, num_rows: int) -> dict[str, Any]:
         """Steps on the device, with drafts of 3 tokens by the host (which captures the next power of two), over plain ones, in
         turn. And steps over padding with just 3, which attend to nothing."""
+        if self.engine.captured is None or self.engine.captured.failure is not None:
+            raise RuntimeError("steps are not captured here, so that the device's own time is not known")
         drafting = Steps(RolloutEngine(self.view, VERIFY, ThreeTokens(self.view.vocab_size), graphs=self.graphs))
         batch = self.batch(num_rows, max(4, self.plan.new_tokens // 2))
         pairs = [(drafting.run(batch), self.steps.run(batch)) for _ in range(1 + self.plan.rounds)][1:]

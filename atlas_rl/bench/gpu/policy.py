@@ -84,25 +84,31 @@ def _equal(config: WorkloadConfig, recorded: Batch) -> Batch:
 
 def _speeds(section: Section, dtype: str, policy: PreTrainedModel, deadline: float) -> None:
     plan, found = section.plan, workloads(section, policy)
+    arms = section.part(f"{dtype}: arms", lambda: _arms(section, policy), needs=5)
+    if arms is None:
+        return
+    section.results.pop(f"{dtype}: arms")
     bench = BenchConfig(min_repeats=plan.min_repeats, max_repeats=plan.max_repeats)
     for index, workload in enumerate(found):
         left = deadline - time.perf_counter()
         share = size(workload) / sum(map(size, found[index:]))
         end = time.perf_counter() + share * left
         name = f"{dtype}: {workload.config.name}"
-        row = section.part(name, lambda w=workload, e=end: _measure(section, w, bench, policy, e), needs=2)
+        row = section.part(name, lambda w=workload, e=end: _measure(arms, w, bench, e), needs=2)
         for key, target in workload.config.expect.items():
             ratio = row and row["ratios"][key]["median"]
             section.judge(f"{name}: {key}", ratio, target)
 
 
-def _measure(
-    section: Section, workload: Workload, bench: BenchConfig, policy: PreTrainedModel, end: float
-) -> dict[str, Any]:
-    """Arms of their own for each workload: engines, with what they captured, live on over its repeats."""
+def _arms(section: Section, policy: PreTrainedModel) -> dict[str, Arm]:
     arms: dict[str, Arm] = {name: kind(policy) for name, kind in ARMS.items()}
     for arm in arms.values():
         arm.graphs = section.machine.graphs
+    return arms
+
+
+def _measure(arms: dict[str, Arm], workload: Workload, bench: BenchConfig, end: float) -> dict[str, Any]:
+    """Engines begin anew with each workload, and live on over its repeats with what they captured."""
     measured = Measurement(workload, arms, bench).run(end, lambda text: None)
     for name, arm in arms.items():
         captured = arm.engine.captured
