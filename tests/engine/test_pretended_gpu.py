@@ -7,6 +7,7 @@ import torch
 from helpers import make_requests, tiny_llama, tiny_qwen3
 from pretended_gpu import GPU, GPUTensor, pretended_gpu, to_gpu
 
+import atlas_kernels
 from atlas_rl.adapt.adaptation import Adaptation
 from atlas_rl.adapt.capture import Capture
 from atlas_rl.bench.output_law import neural_drafters
@@ -18,6 +19,7 @@ from atlas_rl.drafters.suffix import SuffixDrafter
 from atlas_rl.engine import engine as engine_module
 from atlas_rl.engine.calibrate import calibrate
 from atlas_rl.engine.engine import RolloutEngine
+from atlas_rl.engine.fused_decoder import DeviceLayer
 from atlas_rl.engine.graphs import EagerGraphs
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.types import SamplingParams
@@ -58,6 +60,22 @@ def test_all_drafters(name: str, graphs, monkeypatch):
             if drafter is not None:
                 assert engine.stats.drafters[drafter.name].proposed
                 assert isinstance(capture.take().hidden_ND, GPUTensor)
+
+
+def test_kernels_too(monkeypatch):
+    """Triton's interpreter takes pretended tensors: what launchers allocate is on their device."""
+    pytest.importorskip("triton")
+    requests, sampling = make_requests(1, 2), SamplingParams(max_new_tokens=3)
+    expected = RolloutEngine(PolicyView(tiny_llama()), PLAIN).generate(requests, sampling)
+    monkeypatch.setattr(engine_module, "backend_for", lambda device: EagerGraphs())
+    monkeypatch.setattr(atlas_kernels, "triton_everywhere", True)
+    with pretended_gpu(monkeypatch):
+        view = PolicyView(to_gpu(tiny_llama()))
+        assert isinstance(view.fused.layers[0], DeviceLayer)
+        engine = RolloutEngine(view, AtlasConfig(lookahead=2), neural_drafters(view)[0])
+        made = engine.generate(requests, sampling)
+    assert [r.token_ids for r in made] == [r.token_ids for r in expected]
+    assert engine.captured.failure is None and engine.stats.drafters["recurrent"].proposed
 
 
 def test_retraining(graphs, monkeypatch):
