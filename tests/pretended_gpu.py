@@ -106,7 +106,7 @@ class PretendedGPU(TorchFunctionMode):
 
 @contextlib.contextmanager
 def pretended_gpu(monkeypatch):
-    """Within it there is a GPU of 80 GiB."""
+    """Within it there is a GPU of 80 GiB. Yields it."""
     properties = MagicMock(total_memory=80 * 2**30, multi_processor_count=132, L2_cache_size=2**25)
     for name, value in {
         "mem_get_info": lambda device=None: (60 * 2**30, 80 * 2**30),
@@ -124,7 +124,7 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(torch.autograd.Function, "apply", classmethod(_apply))
     monkeypatch.setattr(atlas_kernels, "unavailable_reason", lambda device: "there is no GPU")
     with PretendedGPU():
-        yield
+        yield GPU
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
-from helpers import make_requests, tiny_llama, tiny_qwen3
+from helpers import left_padded, make_requests, tiny_llama, tiny_qwen3
 from pretended_gpu import GPU, GPUTensor, pretended_gpu, to_gpu
 
 import atlas_kernels
+from atlas_rl import AtlasRolloutGenerator
 from atlas_rl.adapt.adaptation import Adaptation
 from atlas_rl.adapt.capture import Capture
 from atlas_rl.bench.output_law import neural_drafters
@@ -91,6 +94,21 @@ def test_retraining(graphs, monkeypatch):
             engine.generate(make_requests(8, 4, 16, seed=seed), SAMPLINGS["plain"])
             retrained = engine.stats.retrain
         assert retrained.steps == 2 and retrained.acceptance_after > 1 and not engine.controller.benched
+
+
+def test_the_generate_hook(monkeypatch):
+    monkeypatch.setattr(engine_module, "backend_for", lambda device: EagerGraphs() if device == GPU else None)
+    batch, outputs = left_padded([[5, 6, 7, 8], [9, 10]]), []
+    options = {"do_sample": True, "max_new_tokens": 10, "pad_token_id": 0, "num_return_sequences": 2}
+    for gpu in (contextlib.nullcontext(), pretended_gpu(monkeypatch)):
+        with gpu as is_there:
+            model = to_gpu(tiny_llama()) if is_there else tiny_llama()
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            with AtlasRolloutGenerator().attach(model):
+                outputs.append([model.generate(**inputs, **options) for _ in range(2)])
+    here, there = outputs
+    assert all(tensor.device == GPU for tensor in there)
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there, strict=True))
 
 
 def test_calibration(graphs, monkeypatch):
