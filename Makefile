@@ -24,7 +24,7 @@ train: setup
 	@$(VENV)/bin/atlas-rl train --config configs/quickstart.yaml $(ARGS)
 
 test: setup lint
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: setup
 	@$(VENV)/bin/ruff check --quiet .

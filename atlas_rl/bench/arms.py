@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import MappingProxyType
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation import ContinuousBatchingConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from atlas_rl.adapt.adaptation import Adaptation
@@ -18,6 +20,7 @@ from atlas_rl.bench.workload import SAMPLING, Batch, Workload
 from atlas_rl.config import AtlasConfig
 from atlas_rl.drafters import build_drafters, static_path
 from atlas_rl.engine.engine import RolloutEngine
+from atlas_rl.engine.graphs import GraphBackend
 from atlas_rl.engine.policy_view import PolicyView
 
 
@@ -60,6 +63,7 @@ class ForcedLength(LogitsProcessor):
         self.eos_id = eos_id
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.ends = self.ends.to(input_ids.device)
         ends_now = self.ends == input_ids.shape[1] + 1
         scores[:, self.eos_id] = -torch.inf
         scores[ends_now] = -torch.inf
@@ -75,8 +79,9 @@ class HFGenerate(Arm):
 
     def run(self, batch: Batch) -> list[int]:
         width = max(map(len, batch.prompts))
-        input_ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in batch.prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch.prompts])
+        device = self.policy.device
+        input_ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in batch.prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch.prompts], device=device)
         torch.manual_seed(batch.seeds[0])
         options = FULL_DISTRIBUTION | {"max_new_tokens": max(batch.lens)}
         if len(set(batch.lens)) == 1:
@@ -109,6 +114,11 @@ class HFContinuousBatching(Arm):
     """The library's own share of blocks below which its scheduler admits nothing."""
 
     def run(self, batch: Batch) -> list[int]:
+        with self.manager(batch) as manager:
+            return self.make(manager, batch)
+
+    def manager(self, batch: Batch) -> AbstractContextManager[ContinuousBatchingManager]:
+        """That takes requests like the batch's."""
         config = ContinuousBatchingConfig(auto_switch_to_flash=False)
         blocks = sum(-(-(len(p) + n) // config.page_size) for p, n in zip(batch.prompts, batch.lens, strict=True))
         config.num_blocks = math.ceil(blocks / (1 - self.SAFETY_MARGIN)) + 1
@@ -119,20 +129,23 @@ class HFContinuousBatching(Arm):
             num_requests=len(batch.lens),
         )
         generation_config = GenerationConfig(**FULL_DISTRIBUTION, max_new_tokens=max(batch.lens), eos_token_id=-1)
-        made = {}
-        with self.policy.continuous_batching_context_manager(
+        return self.policy.continuous_batching_context_manager(
             generation_config=generation_config, continuous_batching_config=config, workload_hints=hints
-        ) as manager:
-            ids = [
-                manager.add_request(list(prompt), max_new_tokens=length, eos_token_id=-1)
-                for prompt, length in zip(batch.prompts, batch.lens, strict=True)
-            ]
-            while len(made) < len(ids):
-                result = manager.get_result(timeout=1)
-                if result is None and not manager.is_running():
-                    raise RuntimeError("transformers' continuous batching stopped before all completions were made")
-                if result is not None and result.is_finished():
-                    made[result.request_id] = len(result.generated_tokens)
+        )
+
+    @staticmethod
+    def make(manager: ContinuousBatchingManager, batch: Batch) -> list[int]:
+        made = {}
+        ids = [
+            manager.add_request(list(prompt), max_new_tokens=length, eos_token_id=-1)
+            for prompt, length in zip(batch.prompts, batch.lens, strict=True)
+        ]
+        while len(made) < len(ids):
+            result = manager.get_result(timeout=1)
+            if result is None and not manager.is_running():
+                raise RuntimeError("transformers' continuous batching stopped before all completions were made")
+            if result is not None and result.is_finished():
+                made[result.request_id] = len(result.generated_tokens)
         return [made[request_id] for request_id in ids]
 
 
@@ -140,6 +153,8 @@ class AtlasArm(Arm):
     """The engine, its drafters and lookahead automatic. Packing the linears is part of every run, as of every policy update."""
 
     config = AtlasConfig()
+    graphs: GraphBackend | None = None
+    """How steps are captured; None: as the device has it."""
 
     def __init__(self, policy: PreTrainedModel) -> None:
         super().__init__(policy)
@@ -172,7 +187,7 @@ class AtlasArm(Arm):
     def _forget(self) -> None:
         drafters = build_drafters(self.config, self.view)
         before = self.engine
-        self.engine = RolloutEngine(self.view, self.config, drafters.all)
+        self.engine = RolloutEngine(self.view, self.config, drafters.all, graphs=self.graphs)
         self.adaptation = Adaptation(self.config, drafters)
         self.adaptation.attach(self.engine)
         if before is not None:  # step times are the machine's, not the completions': a trainer keeps them too

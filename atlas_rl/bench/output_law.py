@@ -157,7 +157,7 @@ def first_difference(
 ) -> Difference:
     position = next((i for i, (a, b) in enumerate(zip(expected, got)) if a != b), min(len(expected), len(got)))
     assert position < min(len(expected), len(got)), "one completion is a prefix of the other: lengths went wrong"
-    input_ids = torch.tensor([[*request.prompt_ids, *expected[:position]]])
+    input_ids = torch.tensor([[*request.prompt_ids, *expected[:position]]], device=model.device)
     with torch.no_grad():
         logits_V = model(input_ids).logits[0, -1]
     keys_21 = row_keys(np.array([request.seed]), np.array([position]), logits_V.device)

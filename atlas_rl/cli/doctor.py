@@ -72,8 +72,11 @@ def examine() -> Iterator[Finding]:
     if found.status == OK:
         kernels = _probe("CPU kernels", _cpu_kernels)  # they only make it faster
         yield kernels if kernels.status == OK else kernels._replace(status=OPTIONAL)
-        yield _accelerator()
+        accelerator = _accelerator()
+        yield accelerator
         yield _triton()
+        if accelerator.status == OK and importlib.util.find_spec("triton") is not None:
+            yield _probe("GPU kernels", _gpu_kernels)
     for name in LIBRARIES:
         yield _library(name, BROKEN, "missing: pip install atlas-rl")
     for name, purpose in OPTIONAL_LIBRARIES.items():
@@ -177,6 +180,13 @@ def _triton() -> Finding:
     if torch.cuda.is_available():
         return _probe(name, triton_probe.run_on_accelerator)
     return Finding(name, OPTIONAL, _probe(name, triton_probe.compile_for_h100).detail)
+
+
+def _gpu_kernels() -> str:
+    """Compiled here and now: the first time takes a minute."""
+    from atlas_rl.cli import triton_probe
+
+    return triton_probe.check_kernels()
 
 
 def _library(name: str, status_if_missing: str, remedy: str) -> Finding:

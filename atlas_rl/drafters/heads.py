@@ -49,8 +49,11 @@ class Windows:
 
     def is_complete(self, depth: int) -> torch.Tensor:
         """[B, S, K] which guesses of drafts of this depth, from every start, have a target and are tokens of the completion."""
-        starts = torch.arange(self.width - depth)[:, None]
-        target = starts + torch.arange(1, depth + 1)  # [S, K] position whose hidden state draws the guessed token
+        device = self.lens_B.device
+        starts = torch.arange(self.width - depth, device=device)[:, None]
+        target = starts + torch.arange(
+            1, depth + 1, device=device
+        )  # [S, K] position whose hidden state draws the guessed token
         in_window = target < self.lens_B[:, None, None]
         return in_window & (self.positions_B[:, None, None] + target + 1 >= self.prompt_lens_B[:, None, None])
 

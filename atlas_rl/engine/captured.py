@@ -186,6 +186,7 @@ class CapturedSteps:
         """Rows begin; the last token of row i's prefix is at places[i] of the prefilled batch, -1: there is none."""
         slots = self.state.slots_of(sequences)
         self.state.upload_tables(sequences)
+        self.uploaded = None  # these slots may be what others had, whose blocks were shared
         for drafter in self.drafters.values():
             drafter.admit(slots, batch, places, self.state)
 
@@ -402,15 +403,18 @@ class CapturedSteps:
 
     def _upload_rows(self, slots: list[int]) -> None:
         """Tell the device which rows take part, and which of them begin with the same blocks."""
-        rows_R = np.zeros(len(self.slots_R), np.int64)
-        rows_R[: len(slots)] = slots
-        self.graphs.to_device(rows_R, self.slots_R)
+        self._fill(self.slots_R, np.array(slots))
         self.uploaded = slots
         if self.sharing is not None:
             spans_3P, shared_R = self.sharing
-            padding = ((0, 0), (0, len(rows_R) - spans_3P.shape[1]))
-            self.graphs.to_device(np.pad(spans_3P, padding), self.spans_3P)
-            self.graphs.to_device(shared_R, self.shared_R)
+            self._fill(self.spans_3P, spans_3P)
+            self._fill(self.shared_R, shared_R)
+
+    def _fill(self, target: torch.Tensor, values: np.ndarray) -> None:
+        """The first columns are these, zeros follow: of padding."""
+        padded = np.zeros(target.shape, np.int64)
+        padded[..., : values.shape[-1]] = values
+        self.graphs.to_device(padded, target)
 
     def _upload_drafts(self, drafts: list[list[int]], lens: np.ndarray, num_drafts: int) -> None:
         padded_RK = np.zeros((len(drafts), num_drafts), np.int64)

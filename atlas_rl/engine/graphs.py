@@ -15,6 +15,8 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 import torch
 
+from atlas_kernels import unavailable_reason
+
 T = TypeVar("T")
 
 
@@ -58,8 +60,8 @@ class GraphBackend(Protocol):
 
 
 def backend_for(device: torch.device) -> GraphBackend | None:
-    """None where steps are not captured."""
-    return CudaGraphs(device) if device.type == "cuda" else None
+    """None where steps are not captured: off the GPU, and where torch twins, which wait for the device, stand in for kernels."""
+    return CudaGraphs(device) if device.type == "cuda" and unavailable_reason(device) is None else None
 
 
 class CudaGraphs:

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 FREE_SHARE, FREE_SHARE_GPU = 0.5, 0.85
 """Share of the free memory that the KV cache may take when no bound is configured. A GPU's rest is for activations and logits; a
 CPU's memory is shared with others."""
-KEPT_SHARE = 0.02
+KEPT_SHARE = 0.01
 """Of a GPU's memory: KV memory up to this size is kept between rollouts, with the steps that were captured over it."""
 SMALLER = 0.7
 """Where memory is too fragmented for what should fit, so much of it is tried next."""

@@ -129,14 +129,16 @@ class PipelinedDecoding(EagerDecoding):
         if not sequences:
             return
         drafting_before = stats.seconds["draft"]
-        batch = self.steps.batch_of(step, sequences, emitted)
+        num_cached = sum(seq.num_computed for seq in sequences)
+        batch = self.steps.batch_of(step, sequences, emitted) if speculator.drafters else None
         places = np.full(len(sequences), step.num_places)
         outputs = (emitted.tokens_RQ.ravel(), emitted.logprobs_RQ.ravel(), emitted.num_right)
         finished, num_accepted = self._commit(sequences, places, *outputs)
         speculator.plan = step.plan
         if step.plan.arm:
             step.plan.sources = step.plan.sources[emitted.rows]
-        speculator.observe(sequences, batch, emitted.num_right, num_accepted, stats)
+        if batch is not None:
+            speculator.observe(sequences, batch, emitted.num_right, num_accepted, stats)
         self._leave(finished, finished=True)
 
         drafting = step.drafting + stats.seconds["draft"] - drafting_before
@@ -144,7 +146,7 @@ class PipelinedDecoding(EagerDecoding):
         # where the device did not wait for the host, a step takes what lies between two of them
         seconds = done - max(self.last_done, step.launched) - drafting
         self.last_done = done
-        num_rows, num_cached = len(sequences), batch.num_cached
+        num_rows = len(sequences)
         if step.key.drafter:
             within = self._drafting_within(step, num_rows, num_cached, seconds)
             stats.seconds["draft"] += within

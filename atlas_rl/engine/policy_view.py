@@ -87,7 +87,9 @@ class PolicyView:
                 self.fused = FusedDecoder.of(self.twin, self.compute_dtype, on_device=True)
             if self.fused is not None:
                 self.twin.set_output_embeddings(DeviceLinear(self.twin.get_output_embeddings()))
-        elif pack_linears and self.autocast_dtype is None and self.compute_dtype == torch.float32:
+        elif (
+            pack_linears and self.device.type == "cpu" and self.autocast_dtype is None and weight.dtype == torch.float32
+        ):
             self.fused = FusedDecoder.of(self.twin, self.compute_dtype, on_device=False)
             if self.fused is None:
                 self._replace(PackedLinear.fits, PackedLinear)

@@ -12,6 +12,7 @@ import torch
 
 from atlas_kernels import cpu, reference
 from atlas_kernels.reference import SharedPrefixes, StepInputs, row_keys
+from atlas_kernels.self_check import unavailable_reason
 
 __all__ = [
     "SharedPrefixes",
@@ -33,6 +34,7 @@ __all__ = [
     "row_keys",
     "silu_mul",
     "store_kv",
+    "unavailable_reason",
     "uses_triton",
 ]
 
@@ -65,7 +67,8 @@ def coupled_sample(
     is_plain = (
         logits_NV.dtype == torch.float32 and logits_NV.is_contiguous() and all(o is None for o in options.values())
     )
-    if is_plain and not uses_triton(logits_NV) and cpu.unavailable_reason() is None:
+    on_cpu = logits_NV.device.type == "cpu" and not uses_triton(logits_NV)
+    if is_plain and on_cpu and cpu.unavailable_reason() is None:
         return cpu.coupled_sample(logits_NV, keys_2N, temperature)
     return _module("sampling", logits_NV).coupled_sample(logits_NV, keys_2N, temperature, **options)
 
@@ -236,8 +239,8 @@ triton_everywhere = False
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:
-    """Whether ops on this tensor run as Triton kernels."""
-    return tensor.is_cuda or triton_everywhere
+    """Whether ops on this tensor run as Triton kernels: on a GPU, where they all compute what their twins do."""
+    return triton_everywhere or (tensor.is_cuda and unavailable_reason(tensor.device) is None)
 
 
 def fix_routes() -> None:

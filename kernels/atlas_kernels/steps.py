@@ -29,7 +29,7 @@ def row_keys(seed, position):
     return offset, (mixed >> 32).to(tl.uint32).to(tl.int32, bitcast=True) | 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def row_keys_kernel(seeds_ptr, positions_ptr, keys_ptr, num_rows, BLOCK: tl.constexpr):
     """keys[0, n], keys[1, n] = offset, stride of seed n and position n. Grid: (blocks of rows,)."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -39,7 +39,7 @@ def row_keys_kernel(seeds_ptr, positions_ptr, keys_ptr, num_rows, BLOCK: tl.cons
     tl.store(keys_ptr + num_rows + row, stride, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def prepare_kernel(
     slots_ptr,
     last_tokens_ptr,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+from dataclasses import replace
 from unittest.mock import Mock
 
 import numpy as np
@@ -315,21 +317,59 @@ def test_compiled_layers_are_used_where_they_are_faster(backend: str, monkeypatc
     assert ("are compiled: a step" if backend == "eager" else "no such instruction") in caplog.text
 
 
+def test_a_hundred_rollouts_leave_no_tensor_behind():
+    model = tiny_llama()
+    view = PolicyView(model)
+    engine, requests = RolloutEngine(view, AtlasConfig(lookahead=2), recurrent(view), graphs=EagerGraphs()), []
+    num_tensors = []
+    for rollout in range(100):
+        requests = make_requests(2, 2, 4, seed=rollout)
+        engine.generate(requests, SAMPLING)
+        with torch.no_grad():
+            model.lm_head.weight.add_(1e-4)
+        if rollout % 33 == 0:
+            gc.collect()
+            num_tensors.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
+    assert len(set(num_tensors[1:])) == 1, num_tensors
+    assert not engine.captured.steps and not engine.captured.wanted and engine.kv_cache is None
+
+
 # ---- beside it ---------------------------------------------------------------------------------------------------------------
 
 
-def test_samples_share_the_reading_of_their_prompt(monkeypatch):
-    """Steps that share, while it pays, and the same tokens as without."""
-    monkeypatch.setattr(sharing, "MIN_SHARED_TOKENS", 16)
+@pytest.mark.parametrize("tight", [{}, {"max_num_seqs": 6}, {"block_size": 4, "kv_memory_gib": 30 / 2**18}])
+def test_samples_share_the_reading_of_their_prompt(tight: dict, monkeypatch):
+    """Steps that share, while it pays, and the same tokens as without: also where rows take the places of others."""
+    monkeypatch.setattr(sharing, "MIN_SHARED_TOKENS", 8)
+    monkeypatch.setattr(sharing, "MIN_SAVED", 0.0)
     view = PolicyView(tiny_qwen3(torch.float64))
-    requests = make_requests(4, 4, 20, seed=3)
+    requests = make_requests(6, 4, 20, seed=3)
     expected = RolloutEngine(view, PLAIN).generate(requests, SAMPLING)
     for config, drafters in ((PLAIN, ()), (AtlasConfig(lookahead=2), (recurrent(view),))):
+        config = replace(config, engine=EngineConfig(**tight))
         engine = RolloutEngine(view, config, drafters, graphs=EagerGraphs())
         with monkeypatch.context() as patch:
             patch.setattr(engine.captured, "_runnable", Mock(wraps=engine.captured._runnable))
             assert tokens_of(engine.generate(requests, SAMPLING)) == tokens_of(expected)
             assert any(call.args[0].shares for call in engine.captured._runnable.call_args_list)
+        assert bool(engine.stats.preemptions) == ("kv_memory_gib" in tight)
+
+
+def test_rows_that_take_the_slots_of_others_share_their_own_prompt(monkeypatch):
+    """The second sample ends before the first, so that the next prompt's samples get the same slots in the same order."""
+    monkeypatch.setattr(sharing, "MIN_SHARED_TOKENS", 16)
+    view = PolicyView(tiny_qwen3(torch.float64))
+    prompts = [tuple(range(first, first + length)) for first, length in ((2, 70), (20, 40), (9, 66))]
+    requests = [
+        RolloutRequest(prompt_ids=prompt, seed=len(prompt) + sample, max_new_tokens=9 - sample)
+        for prompt in prompts
+        for sample in range(2)
+    ]
+    engine = RolloutEngine(
+        view, AtlasConfig(speculate=False, engine=EngineConfig(max_num_seqs=2)), graphs=EagerGraphs()
+    )
+    expected = RolloutEngine(view, PLAIN).generate(requests, SAMPLING)
+    assert tokens_of(engine.generate(requests, SAMPLING)) == tokens_of(expected)
 
 
 def test_hidden_states_are_kept_for_retraining():

@@ -177,8 +177,8 @@ def test_compiles_for_ampere_and_hopper():
         [
             case("row_keys_kernel", {"BLOCK": steps.BLOCK_N}, num_rows="i32"),
             case("prepare_kernel", {"PLACES": 8} | blocks, **counts),
-            case("prepare_kernel", {"PLACES": 1, "draft_lens_ptr": None} | blocks, **counts),
+            case("prepare_kernel", {"PLACES": 1, "draft_lens_ptr": None, "num_places": 1} | blocks, **counts),
             case("finish_kernel", {"PLACES": 8}, num_stops="i32", num_places="i32"),
-            case("finish_kernel", {"PLACES": 1}, num_stops="i32", num_places="i32"),
+            case("finish_kernel", {"PLACES": 1, "num_stops": 1, "num_places": 1}),
         ]
     )

@@ -65,7 +65,10 @@ def paged_attention(
     output_NHD = torch.zeros_like(query_NHD)
     if query_starts_R is None:
         query_starts_R = query_lens_R.cumsum(0) - query_lens_R
+    if shared:
+        block_tables_RM = _tables_as_shared(block_tables_RM, query_starts_R, shared, kv_2BHSD.shape[3])
     groups = query_NHD.shape[1] // kv_2BHSD.shape[2]
+    slots_S = torch.arange(block_tables_RM.shape[1] * kv_2BHSD.shape[3], device=query_NHD.device)
     rows = zip(block_tables_RM, starts_R.tolist(), query_starts_R.tolist(), query_lens_R.tolist(), strict=True)
     for blocks_M, start, first, length in rows:
         keys, values = kv_2BHSD[:, blocks_M].transpose(1, 2).flatten(2, 3).repeat_interleave(groups, 1).unbind(0)
@@ -73,8 +76,24 @@ def paged_attention(
         scores = query_HQD @ keys.transpose(1, 2) * scaling
         if softcap:
             scores = torch.tanh(scores / softcap) * softcap
-        distance = torch.arange(start, start + length)[:, None] - torch.arange(keys.shape[1])
-        hidden = (distance < 0) | (distance >= (sliding_window or keys.shape[1]))
+        distance = torch.arange(start, start + length, device=slots_S.device)[:, None] - slots_S
+        hidden = (distance < 0) | (distance >= (sliding_window or len(slots_S)))
         attended_HQD = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values
         output_NHD[first : first + length] = attended_HQD.transpose(0, 1).to(output_NHD.dtype)
     return output_NHD
+
+
+def _tables_as_shared(
+    block_tables_RM: torch.Tensor, query_starts_R: torch.Tensor, shared: SharedPrefixes, block_size: int
+) -> torch.Tensor:
+    """The blocks that kernels read: for what a row shares, those of its span's row, which should be the row's own."""
+    tables_RM, num_spans_R = block_tables_RM.clone(), torch.zeros_like(shared.num_shared_R)
+    spans = zip(shared.query_starts_P.tolist(), shared.query_lens_P.tolist(), shared.rows_P.tolist())
+    for first, length, source in spans:
+        within_R = (query_starts_R >= first) & (query_starts_R < first + length)
+        num_spans_R += within_R
+        for row in within_R.nonzero()[:, 0].tolist():
+            num_blocks = int(shared.num_shared_R[row]) // block_size
+            tables_RM[row, :num_blocks] = block_tables_RM[source, :num_blocks]
+    assert (num_spans_R[shared.num_shared_R > 0] == 1).all(), "a row that shares is in one span"
+    return tables_RM
