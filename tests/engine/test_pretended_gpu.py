@@ -114,7 +114,7 @@ def test_the_generate_hook(monkeypatch):
 def test_calibration(graphs, monkeypatch):
     with pretended_gpu(monkeypatch):
         view = PolicyView(to_gpu(tiny_llama()))
-        engine = RolloutEngine(view, AtlasConfig(), [SuffixDrafter(), *neural_drafters(view)[:2]])
+        engine = RolloutEngine(view, AtlasConfig(), [SuffixDrafter(), *neural_drafters(view)])
         calibrate(engine, max_seconds=20.0, rows=(1, 4))
         assert engine.step_cost.seconds(4) > 0 and not engine.controller.benched
 
