@@ -14,8 +14,9 @@ import torch
 
 import atlas_kernels
 from atlas_kernels import reference, self_check
-from atlas_kernels.checks import Inputs, linear_arguments
+from atlas_kernels.checks import Inputs
 from atlas_kernels.launching import INTERPRETED
+from atlas_kernels.layer_checks import linear_arguments
 from atlas_kernels.linears import ROUTES
 from atlas_rl.bench.gpu.section import Section
 
