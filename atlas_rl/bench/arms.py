@@ -119,8 +119,10 @@ class HFContinuousBatching(Arm):
 
     def manager(self, batch: Batch) -> AbstractContextManager[ContinuousBatchingManager]:
         """That takes requests like the batch's."""
-        config = ContinuousBatchingConfig(auto_switch_to_flash=False)
-        blocks = sum(-(-(len(p) + n) // config.page_size) for p, n in zip(batch.prompts, batch.lens, strict=True))
+        config = ContinuousBatchingConfig()
+        config.auto_switch_to_flash = False  # older releases know no such thing
+        page_size = getattr(config, "page_size", None) or config.block_size  # its name up to 5.17
+        blocks = sum(-(-(len(p) + n) // page_size) for p, n in zip(batch.prompts, batch.lens, strict=True))
         config.num_blocks = math.ceil(blocks / (1 - self.SAFETY_MARGIN)) + 1
         config.max_batch_tokens = max(self.MAX_BATCH_TOKENS, len(batch.lens))
         hints = WorkloadHints(

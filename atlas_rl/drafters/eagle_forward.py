@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from atlas_kernels import cpu, rope_and_store, uses_triton
+from atlas_kernels import cpu, rope_and_store
 from atlas_rl.drafters.eagle_head import EagleHead, rotate
 from atlas_rl.engine.attention import attend, uses_cpu_kernels
 from atlas_rl.engine.batch import ForwardBatch
@@ -96,7 +96,7 @@ class PagedEagle:
             batch.slots_N,
             batch.kv_cache.layers[0],
         )
-        if batch.is_padded or uses_triton(qkv_ND):
+        if batch.takes_kernels:
             return rope_and_store(*arguments)
         if fast:
             return cpu.rope_and_store(*arguments)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from atlas_kernels import cpu, paged_attention, store_kv, uses_triton
+from atlas_kernels import cpu, paged_attention, store_kv
 from atlas_rl.engine.batch import ForwardBatch
 
 NAME = "atlas"
@@ -28,7 +28,6 @@ MAX_SMALL_QUERY = 32
 (about twofold)."""
 
 
-@torch.compiler.disable  # a compiled layer calls it as it is
 def atlas_attention(
     module: torch.nn.Module,
     query_1HND: torch.Tensor,
@@ -51,7 +50,7 @@ def atlas_attention(
     if unknown or attention_mask is not None or dropout:
         raise NotImplementedError(f"its attention takes {', '.join(unknown) or 'a mask or dropout'}")
     query_NHD, key_NHD, value_NHD = (x[0].transpose(0, 1) for x in (query_1HND, key_1HND, value_1HND))
-    if atlas.is_padded or uses_triton(key_NHD):
+    if atlas.takes_kernels:
         store_kv(key_NHD, value_NHD, atlas.slots_N, atlas.kv_cache.layers[module.layer_idx])
     elif uses_cpu_kernels(atlas) and key_NHD.dtype == torch.float32:
         cpu.store_kv(key_NHD, value_NHD, atlas.slots_N, atlas.kv_cache.layers[module.layer_idx])
@@ -78,7 +77,7 @@ def attend(
 ) -> torch.Tensor:
     """Attention of a batch's tokens, whose keys and values are stored, over each row's own. Returns [N, H, D]."""
     kv_cache = batch.kv_cache
-    if batch.is_padded or uses_triton(query_NHD):
+    if batch.takes_kernels:
         rows = (batch.block_tables_RM, batch.starts_R, batch.query_lens_R)
         shared = batch.shared if sliding_window is None else None  # a window moves through what is shared
         places = {"query_starts_R": batch.query_starts_R, "max_query_len": batch.max_query_len, "shared": shared}
@@ -119,6 +118,11 @@ def _attend(
         output = torch.matmul(weights.to(query.dtype), values_RHSD)
     output = output.view(num_rows, num_kv_heads, groups, query_len, head_dim).permute(0, 3, 1, 2, 4)
     return output.reshape(num_rows, query_len, num_heads, head_dim)
+
+
+def keep_out_of_compiled_layers() -> None:
+    """From now on a compiled layer calls our function as it is."""
+    AttentionInterface.register(NAME, torch.compiler.disable(atlas_attention))
 
 
 AttentionInterface.register(NAME, atlas_attention)

@@ -13,7 +13,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from atlas_kernels import SharedPrefixes, StepInputs
+from atlas_kernels import SharedPrefixes, StepInputs, uses_triton
 from atlas_rl.engine.kv_cache import KVCache
 
 
@@ -119,10 +119,11 @@ class ForwardBatch:
     def num_tokens(self) -> int:
         return len(self.input_ids)
 
-    @property
-    def is_padded(self) -> bool:
-        """Whether places may be padding: then the host knows of no row how many tokens it has."""
-        return self.query_starts_R is not None
+    @cached_property
+    def takes_kernels(self) -> bool:
+        """Whether attention is that of `atlas_kernels`: on an accelerator, and where places may be padding, as the host then
+        does not know how many tokens a row has."""
+        return self.query_starts_R is not None or uses_triton(self.positions_N)
 
     @property
     def num_kv_slots(self) -> int:

@@ -76,7 +76,7 @@ class CPULayer(_LayerParts):
     def project(self, x_ND: torch.Tensor, batch: ForwardBatch, index: int, rotations: Rotations) -> torch.Tensor:
         qkv_ND = self.qkv(cpu.rms_norm(x_ND, self.input_norm, self.eps))
         places = (batch.positions_N, batch.slots_N, batch.kv_cache.layers[index])
-        rope_and_store = atlas_kernels.rope_and_store if batch.is_padded else cpu.rope_and_store
+        rope_and_store = atlas_kernels.rope_and_store if batch.takes_kernels else cpu.rope_and_store
         return rope_and_store(qkv_ND, self.query_norm, self.key_norm, self.eps, *rotations, *places)
 
     def mix(self, mixed_ND: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:

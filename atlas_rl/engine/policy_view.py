@@ -169,6 +169,7 @@ class PolicyView:
 
     def compile_layers(self, **options: Any) -> None:
         """Have the twin's layers compiled at their next call, by `torch.compile` with these options: one code for all."""
+        attention.keep_out_of_compiled_layers()
         for layer in decoder_layers(self.twin):
             layer.compile(dynamic=True, **options)
 

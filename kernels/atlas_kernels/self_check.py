@@ -7,11 +7,13 @@ they are apart. It calls the launchers of the Triton modules themselves, whateve
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from importlib import import_module
 
 import torch
 
-from atlas_kernels.checks import CHECKS, Inputs, Sizes, WrongResult
+from atlas_kernels import checks, layer_checks
+from atlas_kernels.checks import Inputs, Sizes, WrongResult
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +72,15 @@ def error_of(name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes =
     launcher = getattr(import_module(f"atlas_kernels.{MODULES[name]}"), name)
     _poison(device)
     with torch.autocast(device.type, enabled=False):
-        error = CHECKS[name](launcher, Inputs(sizes, device, dtype))
+        error = _check_of(name)(launcher, Inputs(sizes, device, dtype))
     limit = TORCH_TOLERANCE if name == "fused_linear" and dtype == torch.float32 else TOLERANCE[dtype]
     if not error <= limit:
         raise WrongResult(f"{name} is off by {error:.2g} of the size of its results")
     return error
+
+
+def _check_of(name: str) -> Callable[[Callable, Inputs], float]:
+    return getattr(checks, f"check_{name}", None) or getattr(layer_checks, f"check_{name}")
 
 
 def _poison(device: torch.device) -> None:
@@ -93,6 +99,7 @@ def unavailable_reason(device: torch.device) -> str | None:
         return _reasons[device]
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None
+    logger.info("checking Triton's kernels on %s; the first time they are compiled, which takes up to a minute", device)
     _reasons[device] = None  # whoever asks meanwhile
     wrong = failures(device)
     if wrong:

@@ -268,7 +268,7 @@ def test_nothing_is_stored_outside_of_a_rows_blocks(kind: str, view: PolicyView,
     written = []
 
     def checked(self, batch, states):
-        if batch.is_padded:
+        if batch.query_starts_R is not None:
             slots = batch.slots_N[batch.slots_N >= 0].tolist()
             owned = {b for seq in engine.scheduler.running for b in seq.block_table}
             assert {slot // 4 for slot in slots} <= owned and len(slots) == len(set(slots))

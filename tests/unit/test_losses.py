@@ -120,3 +120,17 @@ def test_unroll_is_start_and_steps():
     for k in range(3):
         state = head.step(state, ends.embedding_VD[windows.token_ids_BW[1, 2 + 1 + k]])
         torch.testing.assert_close(states[1, 2, k], head.output(state))
+
+
+def test_which_guesses_are_complete_is_computed_where_the_windows_are():
+    """A device of its own, as a GPU is, to which tensors of the CPU do not go."""
+    fields = {
+        name: torch.empty(3, 8, dtype=torch.int64, device="meta")
+        for name in ("token_ids_BW", "hidden_BWD", "tapped_BWLD")
+    }
+    rows = {
+        name: torch.empty(3, dtype=torch.int64, device="meta")
+        for name in ("positions_B", "prompt_lens_B", "seeds_B", "lens_B")
+    }
+    complete = Windows(**fields, **rows).is_complete(depth=3)
+    assert complete.device.type == "meta" and complete.shape == (3, 5, 3)

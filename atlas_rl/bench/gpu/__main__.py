@@ -28,7 +28,7 @@ SECTIONS: dict[str, tuple[Callable[[Section], None], float]] = {
     "kernels": (kernels.run, 150),
     "decode": (decode.run, 150),
     "policy": (policy.run, 140),
-    "training": (training.run, 50),
+    "training": (training.run, 80),
     "memory": (memory.run, 30),
 }
 """With their shares of the time. What one leaves is the later ones'."""

@@ -14,8 +14,9 @@ import torch
 
 import atlas_kernels
 from atlas_kernels import reference, self_check
-from atlas_kernels.checks import Inputs, linear_arguments
+from atlas_kernels.checks import Inputs
 from atlas_kernels.launching import INTERPRETED
+from atlas_kernels.layer_checks import linear_arguments
 from atlas_kernels.linears import ROUTES
 from atlas_rl.bench.gpu.section import Section
 
@@ -26,7 +27,9 @@ DTYPE = torch.bfloat16
 def run(section: Section) -> None:
     plan = section.plan
     if section.machine.is_gpu or INTERPRETED:
-        section.part("unavailable", lambda: atlas_kernels.unavailable_reason(section.machine.device), needs=5)
+        reason = section.part("unavailable", lambda: atlas_kernels.unavailable_reason(section.machine.device), needs=5)
+        if reason is not None:  # torch stands in for them, and all that follows is measured with it
+            section.errors["unavailable"] = reason
         found = section.part("correct", lambda: correctness(section), needs=10)
         wrong = (
             None if found is None else sum(isinstance(error, str) for row in found.values() for error in row.values())

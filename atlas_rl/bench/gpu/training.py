@@ -6,6 +6,7 @@ advantage its reward less its prompt's mean, over their spread.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def run(section: Section) -> None:
         )  # else the first says nothing
     if not section.plan.quickstart:
         return
-    section.part("quickstart", lambda: quickstart(section.seconds_left), needs=40)
+    section.part("quickstart", lambda: quickstart(section.seconds_left), needs=30)
 
 
 def policy_gradient(section: Section) -> dict[str, Any]:
@@ -116,9 +117,9 @@ def quickstart(seconds: float) -> dict[str, Any]:
         return {"skipped": f"not installed: {', '.join(missing)}" if missing else f"{QUICKSTART} is not there"}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "atlas_rl", "train", "--config", str(QUICKSTART), "--max_steps", "20"]
-        result = subprocess.run(
-            [*command, "--output_dir", folder], capture_output=True, text=True, timeout=max(30.0, seconds), cwd=folder
-        )
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path)}
+        options = {"capture_output": True, "text": True, "timeout": max(30.0, seconds), "cwd": folder, "env": env}
+        result = subprocess.run([*command, "--output_dir", folder], **options)
     if result.returncode:
         raise RuntimeError(f"atlas-rl train ended with {result.returncode}: {result.stderr[-1500:]}")
     lines = [line for line in result.stdout.splitlines() if re.search(r"[A-Za-z]", line)]
