@@ -17,9 +17,10 @@ import torch
 from atlas_rl.control.cost_model import MIN_SAMPLES
 from atlas_rl.drafters.base import Drafter
 from atlas_rl.engine.batch import ForwardBatch
-from atlas_rl.engine.captured import CaptureFailed, StepKey
+from atlas_rl.engine.captured import CaptureFailed
 from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.kv_cache import KVCache
+from atlas_rl.engine.step_program import StepKey
 from atlas_rl.types import SamplingParams
 
 logger = logging.getLogger(__name__)

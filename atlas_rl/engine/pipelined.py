@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from atlas_rl.engine.batch import ForwardBatch
-from atlas_rl.engine.captured import CapturedSteps, CaptureFailed, InFlight
+from atlas_rl.engine.captured import CapturedSteps, CaptureFailed
 from atlas_rl.engine.decoding import EagerDecoding
+from atlas_rl.engine.in_flight import InFlight
 from atlas_rl.engine.sequence import Sequence
 from atlas_rl.engine.speculation import Plan
 
@@ -122,7 +123,7 @@ class PipelinedDecoding(EagerDecoding):
 
     def _collect(self, step: InFlight) -> None:
         """Wait for a step and commit what it emitted."""
-        emitted = self.steps.collect(step)
+        emitted = step.collect()
         speculator, stats = self.speculator, self.stats
         stats.device_seconds += step.watch.seconds()
         sequences = [step.sequences[row] for row in emitted.rows.tolist()]
@@ -130,7 +131,7 @@ class PipelinedDecoding(EagerDecoding):
             return
         drafting_before = stats.seconds["draft"]
         num_cached = sum(seq.num_computed for seq in sequences)
-        batch = self.steps.batch_of(step, sequences, emitted) if speculator.drafters else None
+        batch = step.batch(self.steps.kv_cache, sequences, emitted) if speculator.drafters else None
         places = np.full(len(sequences), step.num_places)
         outputs = (emitted.tokens_RQ.ravel(), emitted.logprobs_RQ.ravel(), emitted.num_right)
         finished, num_accepted = self._commit(sequences, places, *outputs)

@@ -24,10 +24,11 @@ from atlas_rl.drafters.recurrent_step import RecurrentStep
 from atlas_rl.drafters.suffix import SuffixDrafter
 from atlas_rl.engine import sharing
 from atlas_rl.engine.calibrate import calibrate
-from atlas_rl.engine.captured import CapturedSteps, bucket_of
+from atlas_rl.engine.captured import bucket_of
 from atlas_rl.engine.decode_state import DecodeState
 from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.graphs import EagerCopy, EagerGraphs
+from atlas_rl.engine.in_flight import InFlight
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.types import RolloutRequest, SamplingParams
 
@@ -264,7 +265,7 @@ def test_what_cannot_be_captured_is_called(num_drafters: int, caplog):
 def test_an_interrupted_rollout_leaves_nothing_behind(monkeypatch):
     view = PolicyView(tiny_llama(torch.float64))
     engine, requests = RolloutEngine(view, PLAIN, graphs=EagerGraphs()), make_requests(3, 4)
-    collect, calls = CapturedSteps.collect, []
+    collect, calls = InFlight.collect, []
 
     def interrupted(step):
         calls.append(step)
@@ -273,7 +274,7 @@ def test_an_interrupted_rollout_leaves_nothing_behind(monkeypatch):
         return collect(step)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(CapturedSteps, "collect", staticmethod(interrupted))
+        patch.setattr(InFlight, "collect", interrupted)
         engine.generate(requests, SAMPLING)
     assert engine.stats.completion_tokens and engine.decoding is None
     expected = RolloutEngine(view, PLAIN).generate(requests, SAMPLING)

@@ -18,10 +18,10 @@ from atlas_rl.bench.workload import SAMPLING, Batch
 from atlas_rl.bench.wrong_drafters import WrongDrafter
 from atlas_rl.config import AtlasConfig, EngineConfig
 from atlas_rl.drafters.base import DraftRow
-from atlas_rl.engine.captured import StepKey
 from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.kv_cache import KVCache
 from atlas_rl.engine.policy_view import PolicyView
+from atlas_rl.engine.step_program import StepKey
 
 PLAIN = AtlasConfig(speculate=False)
 EAGER = AtlasConfig(speculate=False, engine=EngineConfig(capture_steps=False))
