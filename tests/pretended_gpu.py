@@ -115,6 +115,7 @@ def pretended_gpu(monkeypatch):
         "get_device_properties": lambda device=None: properties,
         "current_stream": lambda device=None: MagicMock(),
         "empty_cache": lambda: None,
+        "device": lambda device: contextlib.nullcontext(),
         "is_bf16_supported": lambda: False,
         "is_current_stream_capturing": lambda: False,
     }.items():

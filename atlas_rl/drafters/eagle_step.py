@@ -45,7 +45,7 @@ class EagleStep(PagedStep):
     def admit(self, slots: list[int], batch: ForwardBatch | None, places: np.ndarray, state: DecodeState) -> None:
         """The prefix's last pair is in the KV already, but its output is wanted: it is computed once more."""
         device = self.states_SD.device
-        self.states_SD.index_fill_(0, to_device(np.array(slots), device), 0)
+        self.states_SD.index_fill_(0, to_device(np.array(slots, np.int64), device), 0)
         if not (places >= 0).any():
             return
         slots_R, places_R = to_device(known_rows(slots, places), device)

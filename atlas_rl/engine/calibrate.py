@@ -19,6 +19,7 @@ from atlas_rl.drafters.base import Drafter
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.captured import CaptureFailed
 from atlas_rl.engine.engine import RolloutEngine
+from atlas_rl.engine.graphs import on
 from atlas_rl.engine.kv_cache import KVCache
 from atlas_rl.engine.step_program import StepKey
 from atlas_rl.types import SamplingParams
@@ -49,7 +50,8 @@ def calibrate(engine: RolloutEngine, max_seconds: float = 0.5, rows: Sequence[in
     Between rollouts only. Nothing of the policy or of what drafters know is changed.
     """
     if engine.captured is not None and engine.captured.failure is None:
-        return _calibrate_captured(engine, max_seconds, rows)
+        with on(engine.view.device):
+            return _calibrate_captured(engine, max_seconds, rows)
     start = time.perf_counter()
     num_blocks = -(-(CONTEXT + max(DEPTHS) + 1) // BLOCK_SIZE)
     cache = KVCache(engine.view.kv_shape(BLOCK_SIZE), max(rows) * num_blocks, engine.view.device)

@@ -15,6 +15,7 @@ from collections.abc import Collection, Hashable
 from statistics import median
 
 import numpy as np
+import torch
 
 from atlas_rl.drafters.base import StepDrafter
 from atlas_rl.engine.batch import ForwardBatch
@@ -76,7 +77,8 @@ class CapturedSteps:
         self.state: DecodeState | None = None
         self.program: StepProgram | None = None
         self.failure: str | None = None
-        """Why nothing is captured any more."""
+        """Why nothing is captured any more, or in this rollout, where memory is short."""
+        self.lacks_memory = False
         self.may_compile = compile_layers and view.fused is None
         """Whether compiled layers are still to be tried."""
 
@@ -132,6 +134,8 @@ class CapturedSteps:
             self.state.forget()
         if not keep:
             self.forget()
+        if self.lacks_memory:  # as long as this rollout had it
+            self.failure, self.lacks_memory = None, False
         for name, drafter in self.all_drafters.items():
             drafter.sleep(keep and name in self.drafters)
 
@@ -204,6 +208,7 @@ class CapturedSteps:
             self.steps[key] = self.graphs.capture(self.program.step(key))
         except Exception as error:  # whatever a driver, a library or an architecture does not allow
             self.failure = f"{type(error).__name__}: {error}"
+            self.lacks_memory = isinstance(error, torch.OutOfMemoryError)
             raise CaptureFailed(self.failure) from error
         if self.may_compile:
             self.may_compile = False

@@ -18,7 +18,7 @@ from atlas_rl.drafters import arms_of
 from atlas_rl.drafters.base import Drafter
 from atlas_rl.engine.captured import CapturedSteps
 from atlas_rl.engine.decoding import Decoding, EagerDecoding
-from atlas_rl.engine.graphs import GraphBackend, backend_for
+from atlas_rl.engine.graphs import GraphBackend, backend_for, on
 from atlas_rl.engine.kv_cache import BlockPool, KVCache
 from atlas_rl.engine.memory import give_back, is_little, take_kv
 from atlas_rl.engine.pipelined import PipelinedDecoding
@@ -131,13 +131,14 @@ class RolloutEngine:
         groups = self._group(sequences)
         self.stats.num_prompts = len(groups)
         self.stats.prompt_tokens = sum(len(group.sequences[0].prompt_ids) for group in groups)
-        try:
-            self.refresh()
-            self.wake(groups, sampling)
-            while not self.scheduler.is_done:
-                self._step()
-        finally:
-            self._finish(sequences, start)
+        with on(self.view.device):
+            try:
+                self.refresh()
+                self.wake(groups, sampling)
+                while not self.scheduler.is_done:
+                    self._step()
+            finally:
+                self._finish(sequences, start)
         return [seq.to_rollout() for seq in sequences]
 
     def wake(self, groups: list[PromptGroup], sampling: SamplingParams) -> None:
@@ -170,8 +171,9 @@ class RolloutEngine:
         that no policy update can leave it stale."""
         self.runner = self.scheduler = self.decoding = None
         self.speculator.sleep()
+        captures = self.captured is not None and self.captured.failure is None
         block_bytes = self.speculator.kv_block_bytes(self.config.engine.block_size)
-        keep = self.captured is not None and self.kv_cache is not None and is_little(self.kv_cache, block_bytes)
+        keep = captures and self.kv_cache is not None and is_little(self.kv_cache, block_bytes)
         if self.captured is not None:
             self.captured.sleep(keep)
         if not keep:

@@ -19,6 +19,9 @@ from atlas_kernels import unavailable_reason
 
 T = TypeVar("T")
 
+SPARE_BYTES = 2**30
+"""Free memory of the device with which a capture begins, if there is so much."""
+
 
 class Graph(Protocol[T]):
     outputs: T
@@ -59,6 +62,11 @@ class GraphBackend(Protocol):
         ...
 
 
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes it the current device: kernels are launched there, and events recorded."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def backend_for(device: torch.device) -> GraphBackend | None:
     """None where steps are not captured: off the GPU, and where torch twins, which wait for the device, stand in for kernels."""
     return CudaGraphs(device) if device.type == "cuda" and unavailable_reason(device) is None else None
@@ -76,22 +84,44 @@ class CudaGraphs:
     def capture(self, step: Callable[[], T]) -> CudaGraph[T]:
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream), _without_collection():
-            step()  # libraries make their workspaces, kernels are compiled and routes measured: none of it while capturing
-            self.stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(self.stream), _without_collection():
+                step()  # libraries make their workspaces, kernels are compiled and routes measured: none of it while capturing
+                self._run_without_sync(step)
+                self.stream.synchronize()
+                if torch.cuda.mem_get_info(self.device)[0] < SPARE_BYTES:
+                    torch.cuda.empty_cache()  # while capturing the allocator cannot give back what it holds unused
+                return self._capture(step)
+        finally:
+            current.wait_stream(self.stream)
+
+    def _run_without_sync(self, step: Callable[[], T]) -> None:
+        """A step that waits for the device fails here: a capture that fails leaves torch's allocator in disorder."""
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    def _capture(self, step: Callable[[], T]) -> CudaGraph[T]:
+        pool, graph = self.pool or torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+        try:
             # other threads (a data loader's, a logger's) may use the device meanwhile
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            try:
-                outputs = step()
-            except BaseException:
-                with contextlib.suppress(Exception):
-                    graph.capture_end()
-                raise
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            outputs = step()
             graph.capture_end()
-        current.wait_stream(self.stream)
-        self.pool = graph.pool()
-        return CudaGraph(graph, outputs)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                graph.capture_end()
+            with contextlib.suppress(
+                Exception
+            ):  # up to torch 2.11 a capture that was invalidated stays open in the allocator
+                torch._C._cuda_endAllocateToPool(self.device.index, pool)
+                torch._C._cuda_releasePool(self.device.index, pool)
+            raise
+        self.pool = pool
+        return CudaGraph(graph, outputs, step)
 
     def to_host(self, tensor: torch.Tensor) -> CudaCopy:
         return CudaCopy(tensor)
@@ -108,9 +138,11 @@ class CudaGraphs:
 
 
 class CudaGraph(Generic[T]):
-    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: T) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: T, step: Callable[[], T]) -> None:
         self.graph = graph
         self.outputs = outputs
+        self.step = step
+        """Holds the tensors that the graph reads: it knows their addresses alone."""
 
     def replay(self) -> None:
         self.graph.replay()

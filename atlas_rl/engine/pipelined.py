@@ -44,7 +44,7 @@ class PipelinedDecoding(EagerDecoding):
         return super().step()
 
     def started(self, sequences: list[Sequence], batch: ForwardBatch | None, places: np.ndarray) -> None:
-        if self.steps.failure is None:
+        if sequences and self.steps.failure is None:
             try:
                 self.steps.admit(sequences, batch, places)
             except Exception as error:  # a drafter is never worth a rollout

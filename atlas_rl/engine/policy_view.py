@@ -20,6 +20,7 @@ from atlas_kernels import uses_triton
 from atlas_rl.engine import attention
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.fused_decoder import FusedDecoder
+from atlas_rl.engine.graphs import on
 from atlas_rl.engine.kv_cache import KVShape
 from atlas_rl.engine.linears import CastLinear, DeviceLinear, PackedLinear, is_linear, share
 from atlas_rl.engine.twin import (
@@ -74,6 +75,15 @@ class PolicyView:
         self.device = weight.device
         self.autocast_dtype = autocast_dtype if autocast_dtype != weight.dtype else None
         self.compute_dtype = self.autocast_dtype or weight.dtype
+        self.tapped_layers: frozenset[int] = frozenset()
+        self.tap_handles: list[torch.utils.hooks.RemovableHandle] = []
+        with on(self.device):
+            self._build(pack_linears)
+            self.fingerprint = self._fingerprint()
+
+    def _build(self, pack_linears: bool) -> None:
+        """The twin, and its Linears or layers in the form that decodes fastest here."""
+        model, weight = self.model, self.model.get_input_embeddings().weight
         mismatch = probe_mismatch(model, self._autocast)
         if mismatch is not None:
             raise UnsupportedModel(mismatch)
@@ -96,9 +106,6 @@ class PolicyView:
                 self._replace(FastRMSNorm.fits, FastRMSNorm)
             else:
                 self.twin.set_output_embeddings(PackedLinear(self.twin.get_output_embeddings()))
-        self.tapped_layers: frozenset[int] = frozenset()
-        self.tap_handles: list[torch.utils.hooks.RemovableHandle] = []
-        self.fingerprint = self._fingerprint()
 
     @property
     def vocab_size(self) -> int:
@@ -210,7 +217,8 @@ class PolicyView:
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+        # without its cache of casts: what a captured step reads has to stay
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype, cache_enabled=False)
 
     def _replace(self, fits: Callable[[nn.Module], bool], make: Callable[[nn.Module], nn.Module]) -> None:
         for parent in list(self.twin.modules()):

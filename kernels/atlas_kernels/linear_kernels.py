@@ -210,9 +210,14 @@ def combine_kernel(
 ):
     """Sum what `linear_kernel`'s programs made of their shares of D, in order. Grid: (tiles of all weights,)."""
     row = tl.arange(0, BLOCK_N)
-    bias_ptr, column, width, begin = locate(
-        b0_ptr, b1_ptr, b2_ptr, width_0, width_1, width_2, NUM_WEIGHTS, False, BLOCK_O
-    )
+    if BIAS:
+        bias_ptr, column, width, begin = locate(
+            b0_ptr, b1_ptr, b2_ptr, width_0, width_1, width_2, NUM_WEIGHTS, False, BLOCK_O
+        )
+    else:  # a function that is compiled may not return None: any pointer will do
+        bias_ptr, column, width, begin = locate(
+            shares_ptr, shares_ptr, shares_ptr, width_0, width_1, width_2, NUM_WEIGHTS, False, BLOCK_O
+        )
     total = width_0 + width_1 + width_2
     inside = (row < num_rows)[:, None] & (column < width)[None, :]
     y = tl.full([BLOCK_N, BLOCK_O], 0.0, tl.float32)

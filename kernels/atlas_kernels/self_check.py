@@ -6,6 +6,7 @@ they are apart. It calls the launchers of the Triton modules themselves, whateve
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from importlib import import_module
@@ -101,7 +102,8 @@ def unavailable_reason(device: torch.device) -> str | None:
         return None
     logger.info("checking Triton's kernels on %s; the first time they are compiled, which takes up to a minute", device)
     _reasons[device] = None  # whoever asks meanwhile
-    wrong = failures(device)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        wrong = failures(device)
     if wrong:
         name, reason = next(iter(wrong.items()))
         others = f" (and {len(wrong) - 1} more kernels)" if len(wrong) > 1 else ""

@@ -248,6 +248,25 @@ class Failing(EagerGraphs):
         raise RuntimeError("operation not permitted when stream is capturing")
 
 
+def test_a_rollout_that_lacks_memory_for_capturing_is_no_verdict(caplog):
+    class Short(EagerGraphs):
+        is_short = True
+
+        def capture(self, step):
+            if self.is_short:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().capture(step)
+
+    view, graphs = PolicyView(tiny_llama(torch.float64)), Short()
+    requests, engine = make_requests(2, 2), RolloutEngine(view, PLAIN, graphs=graphs)
+    expected = RolloutEngine(view, PLAIN).generate(requests, SAMPLING)
+    for graphs.is_short in (True, False):
+        caplog.clear()
+        assert tokens_of(engine.generate(requests, SAMPLING)) == tokens_of(expected)
+        assert ("out of memory" in caplog.text) == graphs.is_short
+        assert bool(engine.stats.device_seconds) != graphs.is_short
+
+
 @pytest.mark.parametrize("num_drafters", [0, 1])
 def test_what_cannot_be_captured_is_called(num_drafters: int, caplog):
     view = PolicyView(tiny_llama(torch.float64))

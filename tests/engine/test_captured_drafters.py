@@ -355,3 +355,15 @@ def test_calibration_measures_them(kind: str, view: PolicyView):
     assert calibrate(engine, max_seconds=30.0, rows=(1, 4)) < 30 and engine.captured.failure is None
     assert engine.controller.draft_cost[drafter.name].seconds(4, np.array([3])) > 0
     assert not engine.captured.steps and drafter.kv_cache is None and drafter.kept_cache is None
+
+
+def test_prompts_that_are_prefilled_in_several_forwards(view: PolicyView):
+    """After most of them no row begins."""
+    requests = make_requests(2, 2, 8)
+    config = AtlasConfig(lookahead=LOOKAHEAD, engine=EngineConfig(max_prefill_tokens=4))
+    expected = RolloutEngine(view, PLAIN).generate(requests, SAMPLING)
+    for make in (eagle, lambda view: DraftModelDrafter(copy.deepcopy(view.model))):
+        engine = RolloutEngine(view, config, make(view), graphs=EagerGraphs())
+        made = engine.generate(requests, SAMPLING)
+        assert [r.token_ids for r in made] == [r.token_ids for r in expected]
+        assert engine.captured.failure is None and not engine.controller.benched
