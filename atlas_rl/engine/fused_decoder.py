@@ -6,14 +6,14 @@ weights. The twin's own modules stay the reference: a fused decoder is used only
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 import atlas_kernels
-from atlas_kernels import cpu
+from atlas_kernels import cpu, fused_linear
 from atlas_rl.engine.attention import attend
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.linears import CastLinear, PackedLinear, is_linear
@@ -24,19 +24,6 @@ LAYER_KINDS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", 
 
 Rotations = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines [positions, head_dim / 2]."""
-
-
-class Layer(Protocol):
-    """One decoder layer. `project` stores the tokens' keys and values and returns their queries [N, H, D]."""
-
-    scaling: float
-    sliding_window: int | None
-
-    def project(self, x_ND: torch.Tensor, batch: ForwardBatch, index: int, rotations: Rotations) -> torch.Tensor: ...
-
-    def mix(self, mixed_ND: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor: ...
-
-    def feed_forward(self, x_ND: torch.Tensor) -> torch.Tensor: ...
 
 
 class _LayerParts:
@@ -73,17 +60,15 @@ class CPULayer(_LayerParts):
     def linears(self) -> tuple[PackedLinear, ...]:
         return self.qkv, self.out, self.gate_up, self.down
 
-    def project(self, x_ND: torch.Tensor, batch: ForwardBatch, index: int, rotations: Rotations) -> torch.Tensor:
-        qkv_ND = self.qkv(cpu.rms_norm(x_ND, self.input_norm, self.eps))
-        places = (batch.positions_N, batch.slots_N, batch.kv_cache.layers[index])
+    def __call__(self, x_ND: torch.Tensor, batch: ForwardBatch, index: int, rotations: Rotations) -> torch.Tensor:
+        eps = self.eps
+        qkv_ND = self.qkv(cpu.rms_norm(x_ND, self.input_norm, eps))
         rope_and_store = atlas_kernels.rope_and_store if batch.takes_kernels else cpu.rope_and_store
-        return rope_and_store(qkv_ND, self.query_norm, self.key_norm, self.eps, *rotations, *places)
-
-    def mix(self, mixed_ND: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
-        return self.out(mixed_ND, x_ND)
-
-    def feed_forward(self, x_ND: torch.Tensor) -> torch.Tensor:
-        return self.down(cpu.silu_mul(self.gate_up(cpu.rms_norm(x_ND, self.post_norm, self.eps))), x_ND)
+        places = (batch.positions_N, batch.slots_N, batch.kv_cache.layers[index])
+        query_NHD = rope_and_store(qkv_ND, self.query_norm, self.key_norm, eps, *rotations, *places)
+        mixed_NHD = attend(batch, index, query_NHD, self.scaling, self.sliding_window)
+        x_ND = self.out(mixed_NHD.flatten(1), x_ND)
+        return self.down(cpu.silu_mul(self.gate_up(cpu.rms_norm(x_ND, self.post_norm, eps))), x_ND)
 
 
 class DeviceLayer(_LayerParts):
@@ -100,17 +85,15 @@ class DeviceLayer(_LayerParts):
     def linears(self) -> tuple[PackedLinear, ...]:
         return ()
 
-    def project(self, x_ND: torch.Tensor, batch: ForwardBatch, index: int, rotations: Rotations) -> torch.Tensor:
-        qkv_ND = atlas_kernels.fused_linear(x_ND, *self.qkv, norm_D=self.input_norm, eps=self.eps)
+    def __call__(self, x_ND: torch.Tensor, batch: ForwardBatch, index: int, rotations: Rotations) -> torch.Tensor:
+        eps = self.eps
+        qkv_ND = fused_linear(x_ND, *self.qkv, norm_D=self.input_norm, eps=eps)
         places = (batch.positions_N, batch.slots_N, batch.kv_cache.layers[index])
-        return atlas_kernels.rope_and_store(qkv_ND, self.query_norm, self.key_norm, self.eps, *rotations, *places)
-
-    def mix(self, mixed_ND: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
-        return atlas_kernels.fused_linear(mixed_ND, *self.out, residual_NO=x_ND)
-
-    def feed_forward(self, x_ND: torch.Tensor) -> torch.Tensor:
-        inner_NI = atlas_kernels.fused_linear(x_ND, *self.gate_up, norm_D=self.post_norm, eps=self.eps, gated=True)
-        return atlas_kernels.fused_linear(inner_NI, *self.down, residual_NO=x_ND)
+        query_NHD = atlas_kernels.rope_and_store(qkv_ND, self.query_norm, self.key_norm, eps, *rotations, *places)
+        mixed_NHD = attend(batch, index, query_NHD, self.scaling, self.sliding_window)
+        x_ND = fused_linear(mixed_NHD.flatten(1), *self.out, residual_NO=x_ND)
+        inner_NI = fused_linear(x_ND, *self.gate_up, norm_D=self.post_norm, eps=eps, gated=True)
+        return fused_linear(inner_NI, *self.down, residual_NO=x_ND)
 
 
 class FusedDecoder:
@@ -171,11 +154,10 @@ class FusedDecoder:
     def __call__(self, batch: ForwardBatch) -> torch.Tensor:
         """Last hidden states [N, D], after the final norm."""
         self.grow_rotations(batch.num_kv_slots)
+        rotations = self.rotations
         x_ND = torch.nn.functional.embedding(batch.input_ids_N, self.embed_tokens.weight)
         for index, layer in enumerate(self.layers):
-            query_NHD = layer.project(x_ND, batch, index, self.rotations)
-            mixed_NHD = attend(batch, index, query_NHD, layer.scaling, layer.sliding_window)
-            x_ND = layer.feed_forward(layer.mix(mixed_NHD.flatten(1), x_ND))
+            x_ND = layer(x_ND, batch, index, rotations)
             if index in self.tapped_layers:
                 batch.tapped[index] = x_ND
         rms_norm = atlas_kernels.rms_norm if self.on_device else cpu.rms_norm

@@ -61,16 +61,14 @@ def coupled_sample(
     token_ids_V: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw a token per row of logits, with its log-prob; see `reference.coupled_sample`."""
-    options = {"thresholds_N": thresholds_N, "forbidden": forbidden, "token_ids_V": token_ids_V}
-    if logits_NV.dtype == torch.float64:  # no kernel of its own: only law tests sample in float64
-        return reference.coupled_sample(logits_NV, keys_2N, temperature, **options)
-    is_plain = (
-        logits_NV.dtype == torch.float32 and logits_NV.is_contiguous() and all(o is None for o in options.values())
-    )
-    on_cpu = logits_NV.device.type == "cpu" and not uses_triton(logits_NV)
-    if is_plain and on_cpu and cpu.unavailable_reason() is None:
+    is_plain = thresholds_N is None and forbidden is None and token_ids_V is None
+    for_cpu = logits_NV.is_cpu and logits_NV.dtype == torch.float32 and logits_NV.is_contiguous()
+    if is_plain and for_cpu and not triton_everywhere and cpu.unavailable_reason() is None:
         return cpu.coupled_sample(logits_NV, keys_2N, temperature)
-    return _module("sampling", logits_NV).coupled_sample(logits_NV, keys_2N, temperature, **options)
+    options = {"thresholds_N": thresholds_N, "forbidden": forbidden, "token_ids_V": token_ids_V}
+    # float64 has no kernel of its own: only law tests sample in it
+    module = reference if logits_NV.dtype == torch.float64 else _module("sampling", logits_NV)
+    return module.coupled_sample(logits_NV, keys_2N, temperature, **options)
 
 
 def filter_thresholds(
