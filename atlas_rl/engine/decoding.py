@@ -1,7 +1,6 @@
-"""Decode steps: draft, verify, sample, commit.
+"""Decode steps: draft, verify, sample, commit, one after the other and call by call.
 
-`Decoding` holds what both ways have in common. `EagerDecoding` does one step after the other; `pipelined` launches captured
-steps and looks at what they emitted while the next one runs.
+`pipelined` launches captured steps instead, and looks at what they emitted while the next one runs.
 """
 
 from __future__ import annotations
@@ -28,12 +27,15 @@ class Decoding:
 
     def __init__(
         self,
+        runner: ModelRunner,
         scheduler: Scheduler,
         speculator: Speculator,
         step_cost: StepCost,
         sampling: SamplingParams,
         stats: RolloutStats,
     ) -> None:
+        self.runner = runner
+        self.view = runner.view
         self.scheduler = scheduler
         self.speculator = speculator
         self.step_cost = step_cost
@@ -42,15 +44,38 @@ class Decoding:
         self.plain_seconds = 0.0
         """Estimate: the rollout's decode steps as they would have been without drafts."""
 
-    def step(self) -> None:
-        """Every running sequence gets at least one more token, or is preempted."""
-        raise NotImplementedError
-
     def started(self, sequences: list[Sequence], batch: ForwardBatch | None, places: np.ndarray) -> None:
         """Rows begin; the last token of row i's prefix is at places[i] of the prefilled batch, -1: there is none."""
 
     def drain(self) -> None:
         """Have no step in flight: what rows have emitted is known."""
+
+    def step(self) -> None:
+        """Every running sequence gets at least one more token, or is preempted."""
+        stats, speculator = self.stats, self.speculator
+        start, drafting_before = time.perf_counter(), stats.seconds["draft"]
+        speculator.release(self.scheduler.reserve(), finished=False)
+        sequences = self.scheduler.running
+        if not sequences:  # a lone sequence made room for prefills in flight
+            return
+        drafts = speculator.draft(self.scheduler, stats)
+
+        drafted = time.perf_counter()
+        batch, hidden_ND = self.runner.verify(sequences, drafts)
+        verified = time.perf_counter()
+        tokens, logprobs = self._sample(sequences, batch, hidden_ND)
+        accepted = count_accepted(tokens, batch.input_ids, batch.query_lens)
+        finished, num_accepted = self._commit(sequences, batch.query_lens, tokens, logprobs, accepted)
+        sampled = time.perf_counter()
+        speculator.observe(sequences, batch, accepted, num_accepted, stats)
+        self._retire(finished)
+
+        stats.seconds["verify"] += verified - drafted
+        stats.seconds["sample"] += sampled - verified
+        drafting = stats.seconds["draft"] - drafting_before
+        num_emitted = len(sequences) + sum(num_accepted)
+        seconds = time.perf_counter() - start - drafting
+        self._record(batch.num_rows, batch.num_tokens, batch.num_cached, num_emitted, seconds, drafting)
 
     def _commit(
         self,
@@ -103,41 +128,6 @@ class Decoding:
             scale = min(1.0, estimates[0] / estimates[1])
         self.plain_seconds += seconds * scale * num_emitted / num_rows
         self.speculator.settle(num_rows, seconds + drafting)
-
-
-class EagerDecoding(Decoding):
-    """A step at a time, call by call."""
-
-    def __init__(self, runner: ModelRunner, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.runner = runner
-        self.view = runner.view
-
-    def step(self) -> None:
-        stats, speculator = self.stats, self.speculator
-        start, drafting_before = time.perf_counter(), stats.seconds["draft"]
-        speculator.release(self.scheduler.reserve(), finished=False)
-        sequences = self.scheduler.running
-        if not sequences:  # a lone sequence made room for prefills in flight
-            return
-        drafts = speculator.draft(self.scheduler, stats)
-
-        drafted = time.perf_counter()
-        batch, hidden_ND = self.runner.verify(sequences, drafts)
-        verified = time.perf_counter()
-        tokens, logprobs = self._sample(sequences, batch, hidden_ND)
-        accepted = count_accepted(tokens, batch.input_ids, batch.query_lens)
-        finished, num_accepted = self._commit(sequences, batch.query_lens, tokens, logprobs, accepted)
-        sampled = time.perf_counter()
-        speculator.observe(sequences, batch, accepted, num_accepted, stats)
-        self._retire(finished)
-
-        stats.seconds["verify"] += verified - drafted
-        stats.seconds["sample"] += sampled - verified
-        drafting = stats.seconds["draft"] - drafting_before
-        num_emitted = len(sequences) + sum(num_accepted)
-        seconds = time.perf_counter() - start - drafting
-        self._record(batch.num_rows, batch.num_tokens, batch.num_cached, num_emitted, seconds, drafting)
 
     def _sample(
         self, sequences: list[Sequence], batch: ForwardBatch, hidden_ND: torch.Tensor

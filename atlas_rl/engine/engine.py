@@ -17,7 +17,7 @@ from atlas_rl.control.cost_model import FixedStepCost, StepCost
 from atlas_rl.drafters import arms_of
 from atlas_rl.drafters.base import Drafter
 from atlas_rl.engine.captured import CapturedSteps
-from atlas_rl.engine.decoding import Decoding, EagerDecoding
+from atlas_rl.engine.decoding import Decoding
 from atlas_rl.engine.graphs import GraphBackend, backend_for, on
 from atlas_rl.engine.kv_cache import BlockPool, KVCache
 from atlas_rl.engine.memory import give_back, is_little, take_kv
@@ -164,7 +164,7 @@ class RolloutEngine:
             self.decoding = PipelinedDecoding(self.captured, self.runner, *parts)
         else:
             self.speculator.within = frozenset()
-            self.decoding = EagerDecoding(self.runner, *parts)
+            self.decoding = Decoding(self.runner, *parts)
 
     def sleep(self) -> None:
         """Give the KV memory back (if it is little, steps stay captured over it instead). What it holds outlives no rollout, so

@@ -15,7 +15,7 @@ import numpy as np
 
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.captured import CapturedSteps, CaptureFailed
-from atlas_rl.engine.decoding import EagerDecoding
+from atlas_rl.engine.decoding import Decoding
 from atlas_rl.engine.in_flight import InFlight
 from atlas_rl.engine.sequence import Sequence
 from atlas_rl.engine.speculation import Plan
@@ -23,8 +23,8 @@ from atlas_rl.engine.speculation import Plan
 logger = logging.getLogger(__name__)
 
 
-class PipelinedDecoding(EagerDecoding):
-    """Falls back to eager steps, with one warning, where steps cannot be captured."""
+class PipelinedDecoding(Decoding):
+    """Falls back to steps that are not captured, with one warning, where steps cannot be captured."""
 
     def __init__(self, steps: CapturedSteps, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
