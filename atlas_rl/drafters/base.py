@@ -51,6 +51,17 @@ class Drafts(NamedTuple):
         """[R] tokens of each draft."""
         return (self.probs > 0).cumprod(axis=1).sum(axis=1)
 
+    def fault(self, num_rows: int, vocab_size: int) -> str | None:
+        """What makes them no drafts for so many rows; None: they are."""
+        token_ids, probs = self
+        if not (token_ids.shape == probs.shape and token_ids.ndim == 2 and len(token_ids) == num_rows):
+            return f"drafts of shape {token_ids.shape} with probabilities of {probs.shape} for {num_rows} rows"
+        if probs.size and not (probs.min() >= 0 and probs.max() <= 1):  # not so for NaN either
+            return "a probability outside [0, 1]"
+        if token_ids.size and not (token_ids.min() >= 0 and token_ids.max() < vocab_size):
+            return f"a token id outside the vocabulary: {token_ids.min()} … {token_ids.max()}"
+        return None
+
 
 class StepDrafter(Protocol):
     """A drafter's side within captured decode steps. What it knows of a row lies in the row's slot, on the device.

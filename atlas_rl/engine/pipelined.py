@@ -17,8 +17,8 @@ from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.captured import CapturedSteps, CaptureFailed
 from atlas_rl.engine.decoding import Decoding
 from atlas_rl.engine.in_flight import InFlight
+from atlas_rl.engine.plan import Plan
 from atlas_rl.engine.sequence import Sequence
-from atlas_rl.engine.speculation import Plan
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,7 @@ import logging
 import time
 from collections.abc import Sequence as Rows
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from atlas_rl.control.lookahead import choose_draft_lens
 from atlas_rl.control.trust import Trust
 from atlas_rl.drafters.base import Drafter, Drafts
 from atlas_rl.engine.batch import ForwardBatch
+from atlas_rl.engine.plan import Listener, Plan
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.engine.scheduler import PrefillChunk, Scheduler
 from atlas_rl.engine.sequence import Sequence
@@ -29,27 +29,6 @@ FEW_ROWS = 2
 """Up to this many rows what drafters propose is verified as it is: they have been told what pays, and choosing takes time."""
 COUNT_EVERY = 16
 """Steps whose drafts are counted together."""
-
-
-@dataclass(slots=True)
-class Plan:
-    """Who drafts in a step, and what comes of it if drafts are as right as their drafters say."""
-
-    arm: Arm = PLAIN
-    sources: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """[R] which of the arm's drafters each row's draft is from."""
-    expected: np.ndarray = field(default_factory=lambda: np.zeros(1))
-    """Accepted tokens that the drafts promise, by drafter of the arm."""
-
-
-class Listener(Protocol):
-    """Told of every decode step and of rows that leave, whoever drafts: what collects material for retraining."""
-
-    def wake(self, sampling: SamplingParams) -> None: ...
-
-    def verified(self, rows: Rows[Sequence], batch: ForwardBatch, num_right: np.ndarray) -> None: ...
-
-    def release(self, rows: Rows[Sequence], finished: bool) -> None: ...
 
 
 class Speculator:
@@ -382,19 +361,14 @@ class Speculator:
 
     def _checked(self, drafter: Drafter, drafts: Drafts, max_lens: np.ndarray) -> Drafts | None:
         """The drafts, cut to their limits; a drafter that proposes nonsense is benched."""
+        fault = drafts.fault(len(max_lens), self.vocab_size)
+        if fault is not None:
+            self.bench(drafter, f"it proposed {fault}")
+            return None
         token_ids, probs = drafts
-        if not (token_ids.shape == probs.shape and token_ids.ndim == 2 and len(token_ids) == len(max_lens)):
-            fault = f"drafts of shape {token_ids.shape} with probabilities of {probs.shape} for {len(max_lens)} rows"
-        elif probs.size and not (probs.min() >= 0 and probs.max() <= 1):  # not so for NaN either
-            fault = "a probability outside [0, 1]"
-        elif token_ids.size and not (token_ids.min() >= 0 and token_ids.max() < self.vocab_size):
-            fault = f"a token id outside the vocabulary: {token_ids.min()} … {token_ids.max()}"
-        elif probs.shape[1] > max_lens.min():
+        if probs.shape[1] > max_lens.min():
             return Drafts(token_ids, probs * (np.arange(probs.shape[1]) < max_lens[:, None]))
-        else:
-            return drafts
-        self.bench(drafter, f"it proposed {fault}")
-        return None
+        return drafts
 
     def bench(self, drafter: Drafter, reason: str) -> None:
         """Decode without a drafter that has failed, until it is reinstated; one warning."""
