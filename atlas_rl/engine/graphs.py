@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
+import warnings
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
@@ -98,7 +99,9 @@ class CudaGraphs:
     def _run_without_sync(self, step: Callable[[], T]) -> None:
         """A step that waits for the device fails here: a capture that fails leaves torch's allocator in disorder."""
         before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it does not notice all there is
+            torch.cuda.set_sync_debug_mode("error")
         try:
             step()
         finally:
