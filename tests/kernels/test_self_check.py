@@ -45,7 +45,7 @@ def test_a_wrong_kernel_is_found_and_none_is_used_then(monkeypatch, caplog, unas
     assert len(caplog.records) == 1 and "paged_attention" in caplog.text
 
     class OnGPU:
-        is_cuda, device = True, CPU
+        is_cuda, device, dtype = True, CPU, torch.float32
 
     assert not atlas_kernels.uses_triton(OnGPU())
     monkeypatch.setattr(atlas_kernels, "triton_everywhere", True)
