@@ -7,6 +7,8 @@ import random
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from atlas_rl.drafters.recurrent import RecurrentDrafter
+from atlas_rl.drafters.recurrent_head import RecurrentHead
 from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.types import Rollout, RolloutRequest
@@ -54,6 +56,16 @@ def make_requests(
         for i, prompt in enumerate(prompts)
         for j in range(num_samples)
     ]
+
+
+def recurrent(view: PolicyView, name: str = "recurrent") -> RecurrentDrafter:
+    """Of random weights."""
+    torch.manual_seed(0)
+    return RecurrentDrafter(RecurrentHead.for_policy(view).to(view.compute_dtype), name=name)
+
+
+def tokens_of(rollouts: list[Rollout]) -> list[list[int]]:
+    return [rollout.token_ids for rollout in rollouts]
 
 
 def left_padded(rows: list[list[int]], pad: int = 0) -> dict[str, torch.Tensor]:
