@@ -211,6 +211,8 @@ def test_nothing_is_measured_while_a_graph_is_captured_or_where_clocks_have_no_s
     assert fake.fastest() == "fast"
     fake.capturing = True
     assert fake.fastest() == "fast"
+    fake.routes.measures = False
+    assert fake.fastest() == "torch", "also where a clock has chosen before"
 
 
 TRITON_TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", None: None}
