@@ -7,6 +7,7 @@ The names exported here pick by the device of their first argument.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, ParamSpec, TypeVar
@@ -68,9 +69,12 @@ def _module(name: str, tensor: torch.Tensor):
 def _dispatched(module: str, twin: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """The op of a twin, with its signature and its docstring: run where its first argument says."""
 
+    first = next(iter(inspect.signature(twin).parameters))
+
     @functools.wraps(twin)
-    def op(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return getattr(_module(module, tensor), twin.__name__)(tensor, *args, **kwargs)
+    def op(*args: Any, **kwargs: Any) -> Any:
+        tensor = args[0] if args else kwargs[first]
+        return getattr(_module(module, tensor), twin.__name__)(*args, **kwargs)
 
     return op
 
