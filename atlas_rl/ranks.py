@@ -1,0 +1,106 @@
+"""Ranks: what the processes of one run tell each other, at the places where all of them provably arrive.
+
+Every phase that communicates begins with `meet`. A rank that fails outside such a phase makes one last call of `meet`, with its
+error, and so the others learn of it wherever they arrive next, instead of waiting for it: between two meetings nothing may raise
+on one rank alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+class RankFailed(RuntimeError):
+    """Another rank of this run has failed; the message says which one, where and why."""
+
+
+class Ranks:
+    """The processes of a run; `Ranks.alone()` is a run of one, to which every method is free.
+
+    All methods are collective: each rank calls them, in the same order.
+    """
+
+    def __init__(self, rank: int, size: int, device: torch.device) -> None:
+        self.rank, self.size = rank, size
+        self.device = device
+        """Where the group's backend wants tensors."""
+
+    @classmethod
+    def alone(cls) -> Ranks:
+        return cls(0, 1, torch.device("cpu"))
+
+    @classmethod
+    def of_run(cls) -> Ranks:
+        """Of torch's default process group, if there is one."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls.alone()
+        is_nccl = "nccl" in str(dist.get_backend())
+        device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
+        return cls(dist.get_rank(), dist.get_world_size(), device)
+
+    def meet(self, what: str, value: Any = None, error: Exception | None = None) -> list[Any]:
+        """Each rank's value (small: it is pickled), by rank.
+
+        Args:
+            what: the phase, for the message. error: why this rank cannot go on.
+        Raises:
+            Exception: `error` itself, on the rank that gave it.
+            RankFailed: another rank gave one.
+        """
+        if self.size == 1:
+            if error is not None:
+                raise error
+            return [value]
+        mine = (None if error is None else f"{type(error).__name__}: {error}", what, value)
+        told: list[Any] = [None] * self.size
+        dist.all_gather_object(told, mine)
+        if error is not None:
+            raise error
+        for rank, (failure, where, _) in enumerate(told):
+            if failure is not None:
+                raise RankFailed(f"rank {rank} failed in {where}: {failure}")
+        assert {where for _, where, _ in told} == {what}, f"ranks have lost step: {told}"
+        return [value for _, _, value in told]
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def exchange(self, to_each: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Send each rank an int64 vector of any length (also oneself); returns what each rank has sent here."""
+        assert len(to_each) == self.size
+        if self.size == 1:
+            return list(to_each)
+        lens = torch.tensor([len(part) for part in to_each], device=self.device)
+        lens_here = torch.empty_like(lens)
+        dist.all_to_all_single(lens_here, lens)
+        sent = torch.from_numpy(np.concatenate(to_each).astype(np.int64)).to(self.device)
+        received = torch.empty(int(lens_here.sum()), dtype=torch.int64, device=self.device)
+        dist.all_to_all_single(received, sent, lens_here.tolist(), lens.tolist())
+        return np.split(received.cpu().numpy(), np.cumsum(lens_here.tolist())[:-1])
+
+    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace each tensor by its sum over ranks (the same bits on all of them), in one transfer in float32 or wider."""
+        if self.size == 1 or not tensors:
+            return
+        dtype = torch.promote_types(torch.float32, tensors[0].dtype)
+        flat = torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors]).to(self.device)
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.detach().copy_(total.view(tensor.shape))
+
+    def take_from_first(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace each tensor by rank 0's."""
+        for tensor in tensors if self.size > 1 else ():
+            there = tensor.detach().to(self.device).contiguous()
+            dist.broadcast(there, src=0)
+            tensor.detach().copy_(there)

@@ -1,0 +1,39 @@
+"""Runs a worker script on several processes that talk over gloo."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+
+
+def launch_ranks(
+    worker: str, *args: object, num_ranks: int = 2, timeout: float = 120, ok: bool = True, **environment: str
+) -> str:
+    """Run `tests/<worker>` under torchrun, one thread per rank; returns its stdout and stderr.
+
+    Args:
+        timeout: in seconds; then all of it is killed and TimeoutExpired raised. ok: whether it has to succeed, or to fail.
+    """
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks), "--standalone"]
+    return run_killable([*launch, str(TESTS / worker), *map(str, args)], timeout, ok, environment)
+
+
+def run_killable(command: list[str], timeout: float, ok: bool = True, environment: dict[str, str] | None = None) -> str:
+    """A command whose children die with it."""
+    paths = [str(TESTS), *sys.path]
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"} | (environment or {})
+    process = subprocess.Popen(
+        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the workers too
+        raise
+    assert (process.returncode == 0) == ok, f"exit code {process.returncode}: {output[-3000:]}"
+    return output
