@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from thread_ranks import ThreadRanks, run_ranks
 
-from atlas_rl.exchange import MIN_GAIN, Plan, assign, describe, give_back, make_plan, send
+from atlas_rl.balance import MIN_GAIN, assign
+from atlas_rl.exchange import Plan, describe, give_back, make_plan, send
 from atlas_rl.lengths import LengthHistory, outcome
 from atlas_rl.ranks import Ranks
 from atlas_rl.types import Rollout, RolloutRequest
@@ -165,6 +166,9 @@ def test_a_run_of_one_process():
     assert send(ranks, plan) == requests and plan.moved_units == 0
     rollouts = [decode(request) for request in requests]
     assert give_back(ranks, plan, rollouts) == rollouts
+    assert (plan.idle_before, plan.idle_after) == (0, 0)
+    nothing = planned(ranks, [], LengthHistory())
+    assert give_back(ranks, nothing, send(ranks, nothing)) == [] and nothing.idle_before == 0
 
 
 def test_a_long_prompt_travels_once():
