@@ -204,8 +204,7 @@ class Attachment:
             return
         if self.config.deterministic:  # what is not saved is dropped, here as in a run that resumes from this
             self.adaptation.forget_unsaved()
-        if rank() == 0:
-            save_state(checkpoint, self.adaptation, self.engine)
+        save_state(checkpoint, self.adaptation, self.engine)
 
     def begin_step(self) -> None:
         self.checkpointing = CheckpointingFlags(self.model)
