@@ -29,8 +29,6 @@ class Ranks:
         self.rank, self.size = rank, size
         self.device = device
         """Where the group's backend wants tensors."""
-        self.told: Exception | None = None
-        """The error that this rank has told the others of."""
 
     @classmethod
     def alone(cls) -> Ranks:
@@ -55,7 +53,7 @@ class Ranks:
             Exception: `error` itself, on the rank that gave it.
             RankFailed: another rank gave one.
         """
-        if error is not None and (self.size == 1 or isinstance(error, RankFailed) or error is self.told):
+        if error is not None and (self.size == 1 or isinstance(error, RankFailed) or hasattr(error, "is_told")):
             raise error
         if self.size == 1:
             return [value]
@@ -63,7 +61,7 @@ class Ranks:
         told: list[Any] = [None] * self.size
         dist.all_gather_object(told, mine)
         if error is not None:
-            self.told = error
+            error.is_told = True
             raise error
         for rank, (failure, where, _) in enumerate(told):
             if failure is not None:

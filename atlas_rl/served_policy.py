@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from atlas_rl.adapt.adaptation import Adaptation
-from atlas_rl.adapt.state import load_state, save_state
+from atlas_rl.adapt.state import load_state, save_nothing, save_state
 from atlas_rl.config import AtlasConfig
 from atlas_rl.drafters import build_drafters
 from atlas_rl.engine.calibrate import calibrate
@@ -136,7 +136,9 @@ class ServedPolicy:
 
     def _resume(self, engine: RolloutEngine) -> None:
         with torch.inference_mode(False):
-            load_state(self.resume_from, self.adaptation, engine)
+            load_state(self.resume_from, self.adaptation, engine, lengths := {})
+        if lengths:
+            self.lengths.load(lengths)
         self.resume_from = None
 
     def _keep_engine(self) -> RolloutEngine:
@@ -160,15 +162,22 @@ class ServedPolicy:
         with torch.random.fork_rng(devices=[]):  # a new head's weights are no business of the trainer's generator
             torch.default_generator.manual_seed(seed)
             drafters = build_drafters(self.config, view)
-        return Adaptation(self.config, drafters, remaining=self.remaining, seed=seed)
+        return Adaptation(self.config, drafters, remaining=self.remaining, seed=seed, ranks=self.ranks)
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
     def save(self, checkpoint: Path) -> None:
-        """Write what drafters have learned into a checkpoint of the trainer."""
+        """Write what drafters have learned into a checkpoint of the trainer; all ranks come here.
+
+        The folder appears when they all have: it says that every rank has written its part of the checkpoint.
+        """
+        everyone = Ranks.of_run()
+        everyone.meet("a checkpoint")
         if self.adaptation is None:
+            if everyone.rank == 0:
+                save_nothing(checkpoint)
             return
         if self.config.deterministic:  # what is not saved is dropped, here as in a run that resumes from this
             self.adaptation.forget_unsaved()
-        if Ranks.of_run().rank == 0:
-            save_state(checkpoint, self.adaptation, self.engine)
+        if self.ranks.size > 1 or everyone.rank == 0:
+            save_state(checkpoint, self.adaptation, self.engine, self.lengths.arrays())

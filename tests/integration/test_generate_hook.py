@@ -254,7 +254,7 @@ def test_adapters_are_merged_for_decoding_and_nowhere_else():
             assert torch.equal(wrapped.generate(**BATCH, **OPTIONS, do_sample=False), expected)
             assert atlas.stats.num_completions == 3
             with torch.no_grad():
-                for name, parameter in wrapped.named_parameters():
+                for parameter in wrapped.parameters():
                     if parameter.requires_grad:
                         parameter.mul_(-3)
             changed = wrapped.generate(**BATCH, **OPTIONS, do_sample=False)
