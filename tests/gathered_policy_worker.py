@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from atlas_rl.config import AtlasConfig
 from atlas_rl.engine.engine import RolloutEngine
@@ -66,25 +67,26 @@ def check_refresh(local: LocalPolicy, gathers: Counter, num_expected: int) -> No
     """Each sharded parameter is gathered once, and what was captured over the copies stays valid."""
     gathers.clear()
     places = [p.data_ptr() for p in local.model.parameters()]
+    is_first = not local.is_allocated
     num_gathers, num_bytes = local.num_gathers, local.gathered_bytes
     local.refresh()
     assert set(gathers.values()) == ({1} if num_expected else set()) and len(gathers) == num_expected, gathers
     assert local.num_gathers == num_gathers + bool(num_expected)
     assert local.gathered_bytes == num_bytes + local.copied_bytes
-    assert [p.data_ptr() for p in local.model.parameters()] == places
+    assert is_first or [p.data_ptr() for p in local.model.parameters()] == places
 
 
 # ---- FSDP2 ---------------------------------------------------------------------------------------------------------------
 
 
 def shard(model: torch.nn.Module, policy: MixedPrecisionPolicy) -> torch.nn.Module:
-    """As accelerate does it: layers, the embeddings with what they are tied to, the rest."""
+    """As accelerate does it: layers, embeddings, and what is left with the outermost module."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     options = {"mesh": mesh, "mp_policy": policy}
     base = unwrap(model)
     for layer in base.model.layers:
         fully_shard(layer, **options)
-    fully_shard([base.model.norm, base.model.embed_tokens, base.lm_head], reshard_after_forward=False, **options)
+    fully_shard([base.model.embed_tokens, base.lm_head], reshard_after_forward=False, **options)
     fully_shard(model, **options)
     return model
 
@@ -145,6 +147,7 @@ def fsdp2() -> None:
         reference.load_state_dict(whole_state(model))
         with torch.no_grad():
             model(input_ids=IDS)
+        assert not isinstance(unwrap(model).model.norm.weight, DTensor)
         check_refresh(local, gathers, num_in_use(model))
         check_copies(local, merged(reference), exactly=False)
     dist.destroy_process_group()
@@ -177,6 +180,10 @@ def zero3() -> None:
     from deepspeed.runtime.zero import partition_parameters
 
     deepspeed.init_distributed("gloo")
+    under_trainer = HfDeepSpeedConfig(
+        {"zero_optimization": {"stage": 3}}
+    )  # which transformers asks as long as it is alive
+    assert is_deepspeed_zero3_enabled()
     gathers: Counter = Counter()
     enter = partition_parameters.GatheredParameters.__enter__
 
@@ -192,9 +199,10 @@ def zero3() -> None:
     partition_parameters.GatheredParameters.__enter__ = counting
     for persistent_below, tied in ((0, False), (100, True)):  # norms have 64 elements
         engine = zero3_engine(tiny_llama(tie_word_embeddings=tied), persistent_below)
-        local = LocalPolicy.of(engine.module)
+        with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+            local = LocalPolicy.of(engine.module)
+            check_refresh(local, gathers, 0)
         assert local.is_collective
-        local.refresh()
         step_zero3(engine)
         num_gathered = sum(p.ds_numel >= persistent_below for p in engine.module.parameters())
         check_refresh(local, gathers, num_gathered)
@@ -206,7 +214,14 @@ def zero3() -> None:
         with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):  # as a trainer does around `generate`
             check_refresh(local, gathers, 0)
         check_copies(local, reference_of(engine.module, reference))
+        with torch.no_grad():
+            logits = engine(input_ids=IDS).logits
+            assert torch.equal(local.model(input_ids=IDS).logits, logits)
+        check_refresh(local, gathers, 0)  # such small layers stay whole for the backward that might follow
+        check_copies(local, reference)
         step_zero3(engine)
+        check_refresh(local, gathers, num_gathered)
+        check_copies(local, reference_of(engine.module, reference))
         assert local.is_current()
     engine = zero3_engine(adapted())
     local = LocalPolicy.of(unwrap(engine.module))
@@ -215,6 +230,7 @@ def zero3() -> None:
     check_refresh(local, gathers, num_in_use(engine.module))
     check_copies(local, merged(reference_of(engine.module, adapted())), exactly=False)
     step_zero3(engine)
+    del under_trainer
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import VOCAB_SIZE, make_requests, tiny_llama, tiny_qwen3, tokens_of
+from helpers import SHAPE, VOCAB_SIZE, make_requests, tiny_llama, tiny_qwen3, tokens_of
 from peft import (
     IA3Config,
     LNTuningConfig,
@@ -15,7 +15,7 @@ from peft import (
     TrainableTokensConfig,
     get_peft_model,
 )
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from atlas_rl.config import AtlasConfig
 from atlas_rl.engine.engine import RolloutEngine
@@ -67,6 +67,12 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, bos_token_id=None, eos_token_id=None, **shape)).eval()
 
 
+def tiny_moe() -> Qwen3MoeForCausalLM:
+    torch.manual_seed(0)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE | experts | {"initializer_range": 0.05})).eval()
+
+
 CASES = {
     "linear": lambda: adapted(LoraConfig(target_modules=ATTENTION)),
     "all linears": lambda: adapted(LoraConfig(target_modules="all-linear", r=4, lora_dropout=0.5)),
@@ -88,6 +94,10 @@ CASES = {
     "loha": lambda: adapted(LoHaConfig(target_modules=ATTENTION, rank_dropout=0.5)),
     "norms": lambda: adapted(LNTuningConfig(target_modules=["input_layernorm"])),
     "tokens": lambda: adapted(TrainableTokensConfig(token_indices=[2, 7], target_modules=["embed_tokens"])),
+    "experts": lambda: adapted(
+        LoraConfig(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
+        tiny_moe(),
+    ),
     "replicated layers": lambda: adapted(LoraConfig(target_modules=ATTENTION, layer_replication=[[0, 2], [1, 2]])),
     "parameter": lambda: adapted(LoraConfig(target_modules=["q_proj"], target_parameters=["up_proj.weight"])),
 }
@@ -268,7 +278,7 @@ def test_a_policy_that_does_not_fit_is_refused_with_figures(monkeypatch):
     monkeypatch.setattr(local_policy, "free_bytes", lambda device: 2**20)
     local.check_fits(kv_bytes=2**19)
     with pytest.raises(
-        ValueError, match=r"takes 3.05e-05 GiB on this device \(cpu\).*0.000977 GiB are free.* takes 2 GiB"
+        ValueError, match=r"adapted.* 3.05e-05 GiB on this device \(cpu\).*0.000977 GiB are free.* takes 2 GiB"
     ):
         local.check_fits(kv_bytes=2**31)
     local.refresh()
