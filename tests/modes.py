@@ -23,15 +23,25 @@ def enter(mode: str, timeout: float = 60) -> dict[str, Any]:
         PartialState(cpu=True, timeout=timedelta(seconds=timeout))
         # accelerate offers FSDP to accelerators only; nothing below that check asks for one
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        return configured | {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]}}
+        return configured | {
+            "fsdp": True,
+            "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]},
+        }
     leave_out_shared_memory_ops()
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    PartialState(backend="gloo", timeout=timedelta(seconds=timeout))  # without a backend's name it takes itself to be alone
+    PartialState(
+        backend="gloo", timeout=timedelta(seconds=timeout)
+    )  # without a backend's name it takes itself to be alone
     return configured | {"deepspeed": deepspeed_config(int(name.removeprefix("zero"))), "use_cpu": False}
 
 
 def deepspeed_config(stage: int) -> dict[str, Any]:
-    automatic = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    automatic = (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    )
     zero = {"stage": stage, "overlap_comm": False}
     return dict.fromkeys(automatic, "auto") | {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
 
