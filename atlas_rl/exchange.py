@@ -8,7 +8,7 @@ completion is a function of its prompt and its seed, which travel together: wher
     here = send(ranks, plan)                      # what to decode on this rank
     mine = give_back(ranks, plan, decoded)        # after another meeting: the completions of `requests`, in their order
 
-Where nothing moves on any rank, the last two neither communicate nor copy.
+Where nothing moves on any rank, the last two do not communicate.
 """
 
 from __future__ import annotations
@@ -19,14 +19,11 @@ from functools import cached_property
 
 import numpy as np
 
+from atlas_rl.balance import assign, idle_share
 from atlas_rl.lengths import LengthHistory
 from atlas_rl.ranks import Ranks
 from atlas_rl.types import Rollout, RolloutRequest
 
-MIN_GAIN = 0.05
-"""Nothing moves for less than this share of the busiest rank's work."""
-SLACK = 1.02
-"""Moving ends where the busiest rank is this near to the mean: forecasts are less exact by far."""
 PREFILL_RATIO = 8
 """Prompt tokens that cost about as much as one decoded: prefill is bound by arithmetic, decoding by memory. A rough figure, of
 weight only where prompts are many times as long as completions."""
@@ -36,9 +33,9 @@ FINISH_REASONS = ("stop", "length")
 def describe(requests: Sequence[RolloutRequest], history: LengthHistory) -> np.ndarray:
     """This rank's units for the others, [2, units]: number of samples, and expected work in tokens.
 
-    Work is the plain sum of tokens. The rows of a rank share its steps, of which it needs as many as its longest completion has;
-    but a weight for the longest one made ranks' times less even in simulations, even where a step cost as much as 64 rows: who is
-    longest is mostly chance, and evening out the forecast of it costs evenness of sums, which can be foreseen.
+    Work is the plain sum of tokens. A rank also needs as many steps as its longest completion has tokens; but in simulations
+    (lognormal lengths, 2-64 ranks, a step as dear as 0-256 of its rows) a weight for the longest gained 2 % at best and lost up
+    to 30 %: which completion is the longest is mostly chance, while sums can be foreseen.
     """
     units = _units(requests)
     rows = []
@@ -74,13 +71,13 @@ class Plan:
     @property
     def idle_before(self) -> float:
         """Share of the ranks' time that they were expected to wait for the busiest one, had nothing moved."""
-        return _idle_share(np.array([work.sum() for work in self.work]))
+        return idle_share(np.array([work.sum() for work in self.work]))
 
     @property
     def idle_after(self) -> float:
         loads = np.zeros(len(self.work), dtype=np.int64)
         np.add.at(loads, np.concatenate(self.destinations), np.concatenate(self.work))
-        return _idle_share(loads)
+        return idle_share(loads)
 
     @cached_property
     def members(self) -> list[list[int]]:
@@ -100,41 +97,6 @@ def make_plan(rank: int, told: Sequence[np.ndarray], requests: Sequence[RolloutR
     """What follows from all ranks' descriptions, by rank: the same everywhere, as they are integers."""
     samples, work = [of_one[0] for of_one in told], [of_one[1] for of_one in told]
     return Plan(rank=rank, requests=requests, samples=samples, work=work, destinations=assign(work))
-
-
-def assign(work: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The rank that each owner's units go to; no rank is to do more than the busiest would have.
-
-    The busiest rank gives a unit to the idlest, or swaps two with it, whichever makes the two most even; again and again, until
-    the busiest is near the mean or no such trade helps. Most units stay where they are.
-    """
-    owners = np.repeat(np.arange(len(work)), [len(of_one) for of_one in work])
-    work_U = np.concatenate(work)
-    held = [np.flatnonzero(owners == rank).tolist() for rank in range(len(work))]
-    loads = np.array([int(of_one.sum()) for of_one in work])
-    before = loads.max()
-    for _ in range(len(work_U)):
-        busiest, idlest = int(loads.argmax()), int(loads.argmin())
-        if loads[busiest] <= SLACK * loads.sum() / len(loads):
-            break
-        given, taken = held[busiest], [None, *held[idlest]]
-        # all that the busiest could give, each against nothing or one of the other's: how much work changes sides
-        diffs = work_U[given][:, None] - np.append(0, work_U[held[idlest]])
-        gap = loads[busiest] - loads[idlest]
-        best = int(np.abs(2 * diffs - gap).argmin())
-        diff = diffs.flat[best]
-        if not 0 < diff < gap:
-            break
-        out, back = given[best // len(taken)], taken[best % len(taken)]
-        _move(out, held[busiest], held[idlest])
-        if back is not None:
-            _move(back, held[idlest], held[busiest])
-        loads[[busiest, idlest]] += [-diff, diff]
-    to_U = owners.copy()
-    if before - loads.max() >= MIN_GAIN * before:
-        for rank, units in enumerate(held):
-            to_U[units] = rank
-    return np.split(to_U, np.cumsum([len(of_one) for of_one in work])[:-1])
 
 
 def send(ranks: Ranks, plan: Plan) -> list[RolloutRequest]:
@@ -171,15 +133,6 @@ def _units(requests: Sequence[RolloutRequest]) -> dict[tuple[int, ...], list[int
     for i, request in enumerate(requests):
         units.setdefault(request.prompt_ids, []).append(i)
     return units
-
-
-def _move(unit: int, source: list[int], target: list[int]) -> None:
-    source.remove(unit)
-    target.append(unit)
-
-
-def _idle_share(loads: np.ndarray) -> float:
-    return float(1 - loads.mean() / max(1, loads.max()))
 
 
 # ---- as int64 vectors ----------------------------------------------------------------------------------------------------

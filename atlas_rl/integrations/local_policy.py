@@ -173,6 +173,10 @@ class LocalPolicy:
                 "the Atlas callback"
             )
 
+    def needs_gathering(self) -> bool:
+        """Whether a refresh would communicate now: a trainer may have made its weights whole around the call."""
+        return any(needs_gathering(p) for part in self.parts for p in part.sources)
+
     def has_changed(self) -> bool:
         """Whether adapted layers are no longer what the copies were made from; of sharded weights only the caller can know."""
         assert not self.is_collective
@@ -193,7 +197,7 @@ class LocalPolicy:
                     part.allocate(self.device)
                 self.is_allocated = True
             show_shards(self.policy)
-            self.num_gathers += any(needs_gathering(p) for part in self.parts for p in part.sources)
+            self.num_gathers += self.needs_gathering()
             for bucket in self.buckets:
                 with gathered(list({id(p): p for part in bucket for p in part.sources}.values())) as full:
                     for part in bucket:

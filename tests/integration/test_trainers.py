@@ -84,7 +84,7 @@ def test_an_interrupted_evaluation_before_the_first_step_leaves_checkpointing_on
         "GRPOTrainer", tiny_policy, tmp_path, [atlas], eval_on_start=True, gradient_checkpointing=True
     )
 
-    def interrupted(*args):
+    def interrupted(*args, **kwargs):
         assert not trainer.model.model.gradient_checkpointing, "TRL has it off around generate"
         raise KeyboardInterrupt
 
