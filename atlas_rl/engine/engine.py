@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
@@ -92,7 +93,6 @@ class RolloutEngine:
         self.between_rollouts: Callable[[RolloutEngine, bool], None] | None = None
         """Called before each rollout, with whether the weights have changed: what retrains drafters."""
         self.traffic = Traffic()
-        self.num_rows = 0
         self.weights_changed = False
         """Set by whoever knows that the weights have changed; changes that show in them are found without it."""
         self.unbilled: Counter[str] = Counter()
@@ -250,10 +250,9 @@ class RolloutEngine:
         return checked
 
     def _make_sequences(self, requests: list[RolloutRequest], sampling: SamplingParams) -> list[Sequence]:
-        sequences = [Sequence(request, self.num_rows + i, i) for i, request in enumerate(requests)]
+        sequences = [Sequence(request, next(_row_ids), i) for i, request in enumerate(requests)]
         for seq in sequences:
             seq.noise_seed = None if sampling.is_greedy else seq.request.seed
-        self.num_rows += len(requests)
         if sampling.repetition_penalty != 1:
             for seq in sequences:
                 seq.seen_V = torch.zeros(self.view.vocab_size, dtype=torch.bool, device=self.view.device)
@@ -279,6 +278,8 @@ def last_places(sequences: list[Sequence], chunks: list[PrefillChunk]) -> np.nda
     return np.array([places.get(seq.row_id, -1) for seq in sequences], np.int64)
 
 
+_row_ids = count()
+"""Of all engines."""
 _warned: set[str] = set()
 
 
