@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from helpers import make_engine, make_requests
 
@@ -21,14 +23,22 @@ ADAPT = AdaptConfig(learning_rate=3e-3, deterministic_steps=4, tolerance=0.9, ma
 
 
 class LearningRank:
-    def __init__(self, policy, ranks: Ranks) -> None:
+    """
+    Args:
+        is_new: whether its head has yet to be made, and a static drafter of it.
+    """
+
+    def __init__(self, policy, ranks: Ranks, *, is_new: bool = False) -> None:
         torch.manual_seed(0)
         self.drafter = RecurrentDrafter(RecurrentHead.for_policy(PolicyView(policy)))
+        self.static = RecurrentDrafter(copy.deepcopy(self.drafter.head), name="static")
+        drafters = (self.drafter, self.static) if is_new else (self.drafter,)
+        of_run = Drafters(all=drafters, adaptive=self.drafter, of_new_head=drafters if is_new else ())
         config = AtlasConfig(lookahead=3, deterministic=True, adapt=ADAPT)
-        self.adaptation = Adaptation(config, Drafters(all=(self.drafter,), adaptive=self.drafter), ranks=ranks)
+        self.adaptation = Adaptation(config, of_run, ranks=ranks)
         self.retrainer: Retrainer = self.adaptation.retrainer
         self.ranks = ranks
-        self.engine = make_engine(policy, config, self.drafter)
+        self.engine = make_engine(policy, config, drafters)
         self.adaptation.attach(self.engine)
 
     def rollout(self, seed: int, num_tokens: int = 24, *, meets: bool = False) -> None:

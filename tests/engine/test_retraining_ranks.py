@@ -23,9 +23,9 @@ from atlas_rl.ranks import RankFailed, Ranks
 UPDATE = {"interval_seconds": 10.0, "rollout_seconds": 5.0, "remaining": 50.0}
 
 
-def make_ranks(size: int = 2) -> tuple[Group, list[LearningRank]]:
+def make_ranks(size: int = 2, **options) -> tuple[Group, list[LearningRank]]:
     group, policy = Group(size), tiny_llama()
-    return group, [LearningRank(policy, ranks) for ranks in group.ranks]
+    return group, [LearningRank(policy, ranks, **options) for ranks in group.ranks]
 
 
 def assert_same(ranks: list[LearningRank]) -> None:
@@ -105,10 +105,10 @@ def test_what_is_held_out_is_judged_over_all_ranks(monkeypatch):
     assert before == pytest.approx(1 + (right / np.add(one.num_judged, other.num_judged)).sum())
 
 
-class Faults:
+class Fault:
     """Something that raises on one rank, once, at its n-th call."""
 
-    def __init__(self, monkeypatch, group: Group, owner, name: str, at: int) -> None:
+    def __init__(self, monkeypatch, owner, name: str, at: int) -> None:
         self.calls, original = 0, getattr(owner, name)
 
         def failing(*args, **kwargs):
@@ -143,9 +143,9 @@ def test_what_fails_on_one_rank_is_undone_on_all(monkeypatch, caplog, fault, who
         rank.rollout(2)
         if fault == "undoing":
             rank.retrainer.optimizer.param_groups[0]["lr"] = 1e30
-    faults = Faults(monkeypatch, group, *FAULTS[fault](ranks[who])[:2], FAULTS[fault](ranks[who])[2])
+    raised = Fault(monkeypatch, *FAULTS[fault](ranks[who]))
     assert group.run(lambda i: ranks[i].refresh()) == [None] * 2, "rollouts go on"
-    assert faults.calls and all(same_bits(weights(rank), good) for rank in ranks)
+    assert raised.calls and all(same_bits(weights(rank), good) for rank in ranks)
     assert_same(ranks)
     told = [record.message for record in caplog.records if "diverged" not in record.message]
     assert len(told) == (1 if who == 0 else 2) and all("MemoryError: none left" in message for message in told)
@@ -173,6 +173,28 @@ def test_one_that_diverges_diverges_for_all(monkeypatch, caplog):
 
 
 # ---- between rollouts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_new_head_is_made_by_all_ranks_or_by_none(monkeypatch, caplog, fails):
+    monkeypatch.setattr("atlas_rl.adapt.adaptation.DISTILL_STEPS", 10)
+    group, ranks = make_ranks(2, is_new=True)
+    if fails:
+        Fault(monkeypatch, ranks[1].drafter.head, "unroll", 8)
+    for i in range(4):
+        for rank in ranks:
+            rank.rollout(i, num_tokens=1 if i == 1 and rank.ranks.rank else 24)
+        assert group.run(lambda i: ranks[i].refresh()) == [None] * 2
+        if ranks[0].adaptation.retrainer:
+            assert_same(ranks)
+    if fails:
+        assert [rank.adaptation.retrainer for rank in ranks] == [None] * 2
+        assert ["no draft head is made" in record.message for record in caplog.records] == [True] * 2
+        return
+    assert [rank.adaptation.distill_steps_left for rank in ranks] == [0, 0]
+    assert not any(rank.engine.controller.benched for rank in ranks)
+    (one, other) = (rank.static.head.state_dict() for rank in ranks)
+    assert same_bits(one, other) and not same_bits(one, weights(ranks[0]))
 
 
 @pytest.mark.parametrize("damage", [torch.nan, 0.5])
