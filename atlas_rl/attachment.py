@@ -72,6 +72,8 @@ class Attachment:
         self.in_step = False
         self.is_first_of_step = False
         """Whether the next call within this optimizer step is its first: the one that all ranks make."""
+        self.met_step: int | None = None
+        """The last step at which ranks have met for a rollout."""
         self.checkpointing = CheckpointingFlags(model)
         self.told_reasons: set[str] = set()
         self.hook = GenerateHook(model, self.serve)
@@ -140,21 +142,23 @@ class Attachment:
             for i, (prompt, max_len) in enumerate(zip(rows, sampling.max_lens(len(rows)), strict=True))
         ]
         row = call.place | ({"gathered_bytes": gathered} if gathered else {})
-        return self._recorded(
-            row, lambda: self._completed(engine, call.ranks, requests, sampling), lambda: engine.stats
-        )
+        return self._recorded(row, lambda: self._completed(engine, call, requests, sampling), lambda: engine.stats)
 
     def ready_engine(self, ranks: Ranks | None = None) -> RolloutEngine:
         """The engine for the model as it is now."""
         return self.policy.ready_engine(self._step(), ranks or Ranks.alone())
 
     def _completed(
-        self, engine: RolloutEngine, ranks: Ranks, requests: list[RolloutRequest], sampling: SamplingParams
+        self, engine: RolloutEngine, call: Call, requests: list[RolloutRequest], sampling: SamplingParams
     ) -> list[Rollout]:
-        # what one rank alone has seen is no reason to start an update that all take part in
-        self.adaptation.may_update = self.policy.ranks.size == 1 or (ranks.size > 1 and engine.weights_changed)
+        ranks = call.ranks
+        # drafters of several ranks learn where all meet, and an evaluation may have taken the weights over before that
+        meets_anew = ranks.size > 1 and call.place["step"] != self.met_step
+        self.adaptation.may_update = self.policy.ranks.size == 1 or meets_anew
         if ranks.size == 1:
             return engine.generate(requests, sampling)
+        if meets_anew:
+            engine.weights_changed, self.met_step = True, call.place["step"]
         requests = agree(ranks, "checking the prompts", lambda: engine.checked(requests))
         balance = self.config.engine.balance_ranks
         return generate_together(engine, ranks, requests, sampling, self.policy.lengths, balance=balance)

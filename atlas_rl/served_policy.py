@@ -92,7 +92,7 @@ class ServedPolicy:
             engine.weights_changed = True
             self.taken_step = step
         engine.unbilled["refresh"] += time.perf_counter() - start
-        if self.resume_from is not None:
+        if self.resume_from is not None and (ranks.size > 1 or self.ranks.size == 1):
             self._resume(engine)
         return engine
 
