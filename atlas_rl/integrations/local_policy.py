@@ -104,7 +104,7 @@ class LocalPolicy:
         self.num_gathers = 0
         """Refreshes that communicated."""
         self.gathered_bytes = 0
-        """Written into copies, by all refreshes."""
+        """Written into copies, by refreshes of a sharded policy."""
         self.written: Any = None
         """The fingerprint of what the copies were last made from."""
 
@@ -206,8 +206,9 @@ class LocalPolicy:
                 with gathered(list({id(p): p for part in bucket for p in part.sources}.values())) as full:
                     for part in bucket:
                         part.write(full)
-            self.gathered_bytes += self.copied_bytes
-            if not self.is_collective:
+            if self.is_collective:
+                self.gathered_bytes += self.copied_bytes
+            else:
                 self.written = self._fingerprint()
 
     def _fingerprint(self) -> Any:
