@@ -132,6 +132,7 @@ class ServedPolicy:
         if self.local.needs_gathering() and ranks.size < Ranks.of_run().size:
             raise Unsupported("its weights are sharded, and were not gathered at the first call of this step")
         self.local.check_fits()
+        self.local.allocate()
 
     def _is_stale(self, step: int) -> bool:
         """Whether copies are to be made from the policy's weights again."""
