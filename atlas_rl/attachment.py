@@ -128,7 +128,9 @@ class Attachment:
             Unsupported, UnsupportedModel: only the original `generate` can make them exactly.
         """
         call = call or self.begin_call()
+        gathered_before = self.policy.gathered_bytes
         engine = self.ready_engine(call.ranks)
+        gathered = self.policy.gathered_bytes - gathered_before
         words = (seed,) if seed is not None else self._seed_words(call.place)
         counts = call.ranks.meet("counting the rows", len(rows))
         # where only this rank calls, the others' rows are taken to be as many
@@ -137,8 +139,9 @@ class Attachment:
             RolloutRequest(prompt_ids=prompt, seed=mix_seed(*words, first_row + i), max_new_tokens=max_len)
             for i, (prompt, max_len) in enumerate(zip(rows, sampling.max_lens(len(rows)), strict=True))
         ]
+        row = call.place | ({"gathered_bytes": gathered} if gathered else {})
         return self._recorded(
-            call.place, lambda: self._completed(engine, call.ranks, requests, sampling), lambda: engine.stats
+            row, lambda: self._completed(engine, call.ranks, requests, sampling), lambda: engine.stats
         )
 
     def ready_engine(self, ranks: Ranks | None = None) -> RolloutEngine:

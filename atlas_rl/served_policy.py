@@ -59,6 +59,11 @@ class ServedPolicy:
         """Optimizer step whose weights the engine has; None: none yet."""
         self.lengths = LengthHistory()
 
+    @property
+    def gathered_bytes(self) -> int:
+        """Of sharded weights, copied to this rank so far."""
+        return 0 if self.local is None else self.local.gathered_bytes
+
     # ---- ready to decode -------------------------------------------------------------------------------------------------
 
     def needs_ranks(self, step: int) -> bool:

@@ -28,7 +28,7 @@ def full_shape(parameter: torch.Tensor) -> torch.Size:
 def compute_device(parameter: torch.Tensor) -> torch.device:
     """Where a forward has the parameter: its parts may be kept in the host's memory."""
     if isinstance(parameter, DTensor):
-        return _on_mesh(parameter).device
+        return torch.empty(0, device=parameter.device_mesh.device_type).device  # this rank's one of several
     if _is_zero3(parameter):
         from deepspeed.accelerator import get_accelerator
 

@@ -104,7 +104,7 @@ class LocalPolicy:
         self.num_gathers = 0
         """Refreshes that communicated."""
         self.gathered_bytes = 0
-        """Written into copies, by all refreshes."""
+        """Written into copies, by refreshes of a sharded policy."""
         self.written: Any = None
         """The fingerprint of what the copies were last made from."""
 
@@ -166,11 +166,12 @@ class LocalPolicy:
         free = free_bytes(self.device)
         if self.copied_bytes + passing + kv_bytes > free:
             gib = [f"{n / 2**30:.3g} GiB" for n in (self.copied_bytes, passing, free, kv_bytes)]
+            kind = "full copy of its sharded weights" if self.is_collective else "copy of its adapted weights"
             raise ValueError(
-                f"the policy's full copy takes {gib[0]} on this device ({self.device}) and {gib[1]} in passing to gather it, "
-                f"{gib[2]} are free, and KV for one sequence takes {gib[3]}: train in bfloat16, keep less of the trainer on "
-                "the device (offload_optimizer_device: cpu, or more ranks to shard over), take a larger device, or remove "
-                "the Atlas callback"
+                f"to roll out, the policy needs a {kind}, which takes {gib[0]} on this device ({self.device}) and {gib[1]} "
+                f"in passing; {gib[2]} are free, and KV for one sequence takes {gib[3]}. Train in bfloat16, keep less of "
+                "the trainer on the device (more ranks to shard over, offload_optimizer_device: cpu), use a larger device, "
+                "or remove the Atlas callback"
             )
 
     def needs_gathering(self) -> bool:
@@ -202,8 +203,9 @@ class LocalPolicy:
                 with gathered(list({id(p): p for part in bucket for p in part.sources}.values())) as full:
                     for part in bucket:
                         part.write(full)
-            self.gathered_bytes += self.copied_bytes
-            if not self.is_collective:
+            if self.is_collective:
+                self.gathered_bytes += self.copied_bytes
+            else:
                 self.written = self._fingerprint()
 
     def _fingerprint(self) -> Any:

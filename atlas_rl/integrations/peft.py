@@ -141,7 +141,8 @@ def _detached(module: nn.Module, values: Mapping[int, torch.Tensor]) -> nn.Modul
         name: None if p is None else nn.Parameter(values[id(p)], requires_grad=False)
         for name, p in module._parameters.items()
     }
-    clone._buffers = dict(module._buffers)
+    device = next(iter(values.values())).device  # not the buffers' own where a merge is only tried
+    clone._buffers = {name: None if b is None else b.to(device) for name, b in module._buffers.items()}
     clone._modules = {
         name: None if child is None else _detached(child, values) for name, child in module._modules.items()
     }

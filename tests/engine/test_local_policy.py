@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import VOCAB_SIZE, make_requests, tiny_llama, tiny_qwen3, tokens_of
+from helpers import SHAPE, VOCAB_SIZE, make_requests, tiny_llama, tiny_qwen3, tokens_of
 from peft import (
-    AdaptionPromptConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
@@ -16,7 +15,7 @@ from peft import (
     TrainableTokensConfig,
     get_peft_model,
 )
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from atlas_rl.config import AtlasConfig
 from atlas_rl.engine.engine import RolloutEngine
@@ -31,10 +30,15 @@ ATTENTION = ["q_proj", "v_proj"]
 IDS = torch.arange(2, 42).view(2, 20)
 
 
+def small_llama(**overrides) -> PreTrainedModel:
+    """Its logits are about 1, so that 1e-5 is a hundred float32 roundings."""
+    return tiny_llama(**{"initializer_range": 0.05} | overrides)
+
+
 def adapted(config, model: PreTrainedModel | None = None) -> PeftModel:
     """With adapters that do something."""
     torch.manual_seed(1)
-    model = get_peft_model(tiny_llama() if model is None else model, config).eval()
+    model = get_peft_model(small_llama() if model is None else model, config).eval()
     shake(model)
     return model
 
@@ -63,6 +67,12 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, bos_token_id=None, eos_token_id=None, **shape)).eval()
 
 
+def tiny_moe() -> Qwen3MoeForCausalLM:
+    torch.manual_seed(0)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE | experts | {"initializer_range": 0.05})).eval()
+
+
 CASES = {
     "linear": lambda: adapted(LoraConfig(target_modules=ATTENTION)),
     "all linears": lambda: adapted(LoraConfig(target_modules="all-linear", r=4, lora_dropout=0.5)),
@@ -70,20 +80,24 @@ CASES = {
     "rslora": lambda: adapted(LoraConfig(target_modules=ATTENTION, use_rslora=True, r=16)),
     "dora": lambda: adapted(LoraConfig(target_modules=[*ATTENTION, "embed_tokens"], use_dora=True)),
     "bias": lambda: adapted(
-        LoraConfig(target_modules=ATTENTION, lora_bias=True, bias="all"), tiny_llama(attention_bias=True)
+        LoraConfig(target_modules=ATTENTION, lora_bias=True, bias="all"), small_llama(attention_bias=True)
     ),
     "modules to save": lambda: adapted(LoraConfig(target_modules=ATTENTION, modules_to_save=["lm_head", "norm"])),
     "tied, head adapted": lambda: adapted(
-        LoraConfig(target_modules=["lm_head", "q_proj"]), tiny_llama(tie_word_embeddings=True)
+        LoraConfig(target_modules=["lm_head", "q_proj"]), small_llama(tie_word_embeddings=True)
     ),
     "tied, tokens": lambda: adapted(
-        LoraConfig(target_modules=ATTENTION, trainable_token_indices=[3, 5]), tiny_llama(tie_word_embeddings=True)
+        LoraConfig(target_modules=ATTENTION, trainable_token_indices=[3, 5]), small_llama(tie_word_embeddings=True)
     ),
     "conv1d": lambda: adapted(LoraConfig(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True), tiny_gpt2()),
     "ia3": lambda: adapted(IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])),
     "loha": lambda: adapted(LoHaConfig(target_modules=ATTENTION, rank_dropout=0.5)),
     "norms": lambda: adapted(LNTuningConfig(target_modules=["input_layernorm"])),
     "tokens": lambda: adapted(TrainableTokensConfig(token_indices=[2, 7], target_modules=["embed_tokens"])),
+    "experts": lambda: adapted(
+        LoraConfig(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
+        tiny_moe(),
+    ),
     "replicated layers": lambda: adapted(LoraConfig(target_modules=ATTENTION, layer_replication=[[0, 2], [1, 2]])),
     "parameter": lambda: adapted(LoraConfig(target_modules=["q_proj"], target_parameters=["up_proj.weight"])),
 }
@@ -96,12 +110,14 @@ def test_merged_copies_compute_what_the_adapters_compute(name):
     assert type(local.model) is type(unwrap(model)) and not local.is_collective
     assert {name for name, _ in local.model.named_modules()} <= {name for name, _ in tiny_names(model)}
     assert_same_logits(local, model)
+    before = local.model(IDS).logits
     model.train()  # dropout of adapters is the trainer's
     shake(model)
     assert local.has_changed()
     local.refresh()
     assert not local.has_changed()
     assert_same_logits(local, model.eval())
+    assert (local.model(IDS).logits - before).abs().max() > 1e-3
     PolicyView(local.model)
 
 
@@ -135,15 +151,15 @@ def test_what_is_not_adapted_is_the_trainers_own():
         if "q_proj" not in name:
             assert p is policy.get_parameter(name)
     queries = [layer.self_attn.q_proj.weight for layer in local.model.model.layers]
-    assert local.copied_bytes == sum(q.nbytes for q in queries) == local.gathered_bytes
+    assert local.copied_bytes == sum(q.nbytes for q in queries) and not local.gathered_bytes
     assert not any(q.requires_grad for q in queries)
 
 
 def test_tied_embeddings_are_tied_until_an_adapter_changes_one():
     config = LoraConfig(target_modules=ATTENTION, trainable_token_indices=[3])
-    both = local_of(adapted(config, tiny_llama(tie_word_embeddings=True))).model
+    both = local_of(adapted(config, small_llama(tie_word_embeddings=True))).model
     assert both.lm_head.weight is both.model.embed_tokens.weight
-    head = local_of(adapted(LoraConfig(target_modules=["lm_head"]), tiny_llama(tie_word_embeddings=True))).model
+    head = local_of(adapted(LoraConfig(target_modules=["lm_head"]), small_llama(tie_word_embeddings=True))).model
     assert head.lm_head.weight is not head.model.embed_tokens.weight
 
 
@@ -203,7 +219,7 @@ def test_bfloat16_is_rounded_once():
 
 def test_a_plain_model_needs_none():
     assert LocalPolicy.of(tiny_llama()) is None
-    assert LocalPolicy.of(tiny_llama(tie_word_embeddings=True)) is None
+    assert LocalPolicy.of(small_llama(tie_word_embeddings=True)) is None
 
 
 def test_copies_made_in_inference_mode_serve_autograd():
@@ -215,13 +231,19 @@ def test_copies_made_in_inference_mode_serve_autograd():
     assert x.grad is not None
 
 
+def other_activation() -> PreTrainedModel:
+    model = tiny_llama()
+    model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
+    return model
+
+
 UNMERGEABLE = {
     "its adapter on .*q_proj cannot be merged .*aLoRA": lambda: adapted(
         LoraConfig(target_modules=ATTENTION, alora_invocation_tokens=[5], task_type="CAUSAL_LM")
     ),
     "cannot be merged .*base layer has no bias": lambda: adapted(LoraConfig(target_modules=ATTENTION, lora_bias=True)),
-    "is not what its config describes": lambda: adapted(
-        AdaptionPromptConfig(adapter_layers=1, adapter_len=2, task_type="CAUSAL_LM")
+    "its module model.layers.1.mlp.act_fn is not what its config describes": lambda: adapted(
+        LoraConfig(target_modules=ATTENTION), other_activation()
     ),
 }
 
@@ -256,7 +278,7 @@ def test_a_policy_that_does_not_fit_is_refused_with_figures(monkeypatch):
     monkeypatch.setattr(local_policy, "free_bytes", lambda device: 2**20)
     local.check_fits(kv_bytes=2**19)
     with pytest.raises(
-        ValueError, match=r"takes 3.05e-05 GiB on this device \(cpu\).*0.000977 GiB are free.* takes 2 GiB"
+        ValueError, match=r"adapted.* 3.05e-05 GiB on this device \(cpu\).*0.000977 GiB are free.* takes 2 GiB"
     ):
         local.check_fits(kv_bytes=2**31)
     local.refresh()
