@@ -114,7 +114,7 @@ class Watch:
             "completions": self.completions,
             "rewards": [row["reward"] for row in self.trainer.state.log_history if "reward" in row],
             "changes": self.changes,
-            "is_detached": "generate" not in vars(unwrap(model)),
+            "is_detached": not isinstance(vars(unwrap(model)).get("generate"), GenerateHook),
             "gathered": {step: dict(counts) for step, counts in self.gathered.items()},
             "parameters": [name for name, _ in unwrap(model).named_parameters()],
             "collectives_in_decoding": dict(self.collectives_in_decoding),
@@ -171,9 +171,10 @@ class Watch:
         names = {}
 
         def count(parameter: Any) -> None:
-            names.update({id(p): name for name, p in unwrap(self.trainer.model).named_parameters()})
+            if not names:
+                names.update({shard(p).data_ptr(): name for name, p in unwrap(self.trainer.model).named_parameters()})
             counts = self.gathered.setdefault(self.trainer.state.global_step, Counter())
-            counts[names.get(id(parameter), "?")] += 1
+            counts[names.get(shard(parameter).data_ptr(), "?")] += 1
 
         full_tensor = DTensor.full_tensor
 
