@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from atlas_rl.adapt.adaptation import Adaptation
 from atlas_rl.adapt.state import load_state, save_state
+from atlas_rl.checkpoints import check_saving, reopen, warn_of_total_limit
 from atlas_rl.config import AtlasConfig
 from atlas_rl.drafters import build_drafters
 from atlas_rl.engine.calibrate import calibrate
@@ -180,6 +181,10 @@ class Attachment:
 
     def begin_run(self) -> None:
         """Training begins; the trainer has switched the recomputation of activations on."""
+        if self.args is not None:
+            check_saving(self.args, self.config.deterministic, self.state.save_steps)
+            if rank() == 0:
+                warn_of_total_limit(self.args)
         self.checkpointing = CheckpointingFlags(self.model)
         self.open_log()
         if self.args is not None and self.state is not None and self.state.global_step:
@@ -197,6 +202,11 @@ class Attachment:
         if rank() == 0 and self.state is not None and self.state.global_step == 0:
             keep_earlier_log(path)
         self.log = RolloutLog(path)
+
+    def before_save(self, checkpoint: Path) -> None:
+        """The trainer is about to write a checkpoint, maybe over an earlier run's."""
+        if rank() == 0:
+            reopen(checkpoint)
 
     def save(self, checkpoint: Path) -> None:
         """Write what drafters have learned into a checkpoint of the trainer."""

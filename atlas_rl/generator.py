@@ -202,6 +202,14 @@ class AtlasRolloutGenerator(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.attachment.end_step()
+        self._before_save(args, state, control)
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        self._before_save(args, state, control)
+
+    def _before_save(self, args, state, control) -> None:
+        if control.should_save:
+            self.attachment.before_save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_save(self, args, state, control, **kwargs) -> None:
         self.attachment.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
