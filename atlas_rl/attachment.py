@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from atlas_rl.adapt.adaptation import Adaptation
 from atlas_rl.adapt.state import load_state, save_state
-from atlas_rl.checkpoints import check_saving, reopen, warn_of_total_limit
+from atlas_rl.checkpoints import FOLDER, check_saving, reopen, warn_of_total_limit
 from atlas_rl.config import AtlasConfig
 from atlas_rl.drafters import build_drafters
 from atlas_rl.engine.calibrate import calibrate
@@ -210,7 +210,9 @@ class Attachment:
 
     def save(self, checkpoint: Path) -> None:
         """Write what drafters have learned into a checkpoint of the trainer."""
-        if self.adaptation is None:
+        if self.adaptation is None:  # no rollout was Atlas': nothing is there to be saved, and so nothing is missing
+            if rank() == 0:
+                (checkpoint / FOLDER).mkdir(parents=True, exist_ok=True)
             return
         if self.config.deterministic:  # what is not saved is dropped, here as in a run that resumes from this
             self.adaptation.forget_unsaved()

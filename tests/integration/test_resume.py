@@ -147,6 +147,15 @@ def test_a_run_killed_while_it_saves_over_an_earlier_checkpoint_is_resumed_from_
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
 
 
+def test_checkpoints_of_a_run_whose_rollouts_go_past_atlas_are_complete_too(tiny_policy, tmp_path):
+    atlas = AtlasRolloutGenerator(config())
+    options = OPTIONS | {"max_steps": 3, "generation_kwargs": {"num_beams": 8}}
+    trainer = make_trainer("GRPOTrainer", tiny_policy, tmp_path, [atlas], **options)
+    trainer.train()
+    assert atlas.attachment.adaptation is None and last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+    atlas.detach()
+
+
 def test_a_deterministic_run_that_saves_inside_a_generation_does_not_start(tiny_policy, tmp_path):
     atlas = AtlasRolloutGenerator(config())
     trainer = make_trainer("GRPOTrainer", tiny_policy, tmp_path, [atlas], **OPTIONS | {"num_iterations": 2})
