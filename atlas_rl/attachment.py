@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from atlas_rl.adapt.adaptation import Adaptation
+from atlas_rl.checkpoints import reopen
 from atlas_rl.config import AtlasConfig
 from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.twin import UnsupportedModel, unsupported_reason
@@ -245,6 +246,11 @@ class Attachment:
         if rank() == 0 and self.state is not None and self.state.global_step == 0:
             keep_earlier_log(path)
         self.log = RolloutLog(path)
+
+    def before_save(self, checkpoint: Path) -> None:
+        """The trainer is about to write a checkpoint, maybe over an earlier run's."""
+        if rank() == 0:
+            reopen(checkpoint)
 
     def save(self, checkpoint: Path) -> None:
         """Write what drafters have learned into a checkpoint of the trainer; all ranks come here."""
