@@ -79,8 +79,10 @@ def resolve(pins: list[str]) -> dict[str, str]:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             _, found, cause = done.stdout.partition("The conflict is caused by:\n")
-            lines = cause.partition("\n\n")[0] if found else done.stdout[-1000:]
-            raise NotInstallable("; ".join(line.strip() for line in lines.splitlines()))
+            if not found:  # no network, no disk, …
+                raise SystemExit(done.stdout)
+            lines = cause.partition("\n\n")[0].splitlines()
+            raise NotInstallable("; ".join(line.strip() for line in lines))
         packages = [package["metadata"] for package in json.loads(report.read_text())["install"]]
     return {package["name"].lower(): package["version"] for package in packages}
 
