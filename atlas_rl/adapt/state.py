@@ -63,6 +63,14 @@ def save_state(
         _write(checkpoint / FOLDER, Saved.of(adaptation, engine, of_ranks[1:], extra))
 
 
+def save_nothing(checkpoint: Path) -> None:
+    """An empty folder, of a run that has no drafters: the checkpoint is complete."""
+    try:
+        (checkpoint / FOLDER).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        logger.warning("%s cannot be made (%s)", checkpoint / FOLDER, error)
+
+
 def _write(target: Path, saved: Saved) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
