@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from helpers import make_engine, make_requests
+from thread_ranks import ThreadRanks
 
 from atlas_rl import AtlasConfig
 from atlas_rl.adapt.adaptation import Adaptation
@@ -20,6 +25,20 @@ from atlas_rl.types import SamplingParams
 
 SAMPLING = SamplingParams(temperature=0.5)
 ADAPT = AdaptConfig(learning_rate=3e-3, deterministic_steps=4, tolerance=0.9, max_grad_norm=1e9)
+
+
+class Group:
+    """Ranks that are threads, and are asked for more than one thing."""
+
+    def __init__(self, size: int) -> None:
+        slots, barrier = [None] * size, threading.Barrier(size)
+        self.ranks = [ThreadRanks(rank, slots, barrier) for rank in range(size)]
+
+    def run(self, work: Callable[[int], Any]) -> list[Any]:
+        """What each rank returns or raises."""
+        with ThreadPoolExecutor(len(self.ranks)) as pool:
+            futures = [pool.submit(work, rank) for rank in range(len(self.ranks))]
+        return [future.exception() or future.result() for future in futures]
 
 
 class LearningRank:

@@ -1,117 +1,77 @@
-"""Ranks that are threads of one process, of which one runs at a time: what several ranks do, without starting processes."""
+"""Ranks that are threads of one process: fast, and of any number."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 
 from atlas_rl.ranks import RankFailed, Ranks
 
-T = TypeVar("T")
-PATIENCE = 60.0
-"""Seconds."""
-
-
-class Group:
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.turn = threading.Lock()
-        self.barrier = threading.Barrier(size, timeout=PATIENCE)
-        self.slots: list[Any] = [None] * size
-
-    @property
-    def ranks(self) -> list[ThreadRanks]:
-        return [ThreadRanks(rank, self) for rank in range(self.size)]
-
-    def run(self, work: Callable[[int], T]) -> list[T | Exception]:
-        """What each rank returns or raises; one that raises while others wait for it breaks all of them."""
-        results: list[Any] = [None] * self.size
-
-        def main(rank: int) -> None:
-            with self.turn:
-                try:
-                    results[rank] = work(rank)
-                except threading.BrokenBarrierError:
-                    results[rank] = AssertionError(f"rank {rank} waited in vain")
-                except Exception as error:
-                    results[rank] = error
-                finally:
-                    self.left += 1
-                    if self.barrier.n_waiting > 0:
-                        self.barrier.abort()
-
-        self.left = 0
-        threads = [threading.Thread(target=main, args=(rank,)) for rank in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.barrier.reset()
-        return results
-
-    def gather(self, rank: int, value: Any) -> list[Any]:
-        self.slots[rank] = value
-        self.turn.release()
-        try:
-            if self.left:
-                self.barrier.abort()
-            self.barrier.wait()
-            told = list(self.slots)
-            self.barrier.wait()
-        finally:
-            self.turn.acquire()
-        return told
-
 
 class ThreadRanks(Ranks):
-    def __init__(self, rank: int, group: Group) -> None:
-        super().__init__(rank, group.size, torch.device("cpu"))
-        self.group = group
+    def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:
+        super().__init__(rank, len(slots), torch.device("cpu"))
+        self.slots, self.barrier = slots, barrier
         self.num_transfers = 0
         """Meetings are not counted."""
 
+    def gather(self, value: Any) -> list[Any]:
+        self.slots[self.rank] = value
+        self.barrier.wait(timeout=60)
+        told = list(self.slots)
+        self.barrier.wait(timeout=60)  # nobody may write again before all have read
+        return told
+
     def meet(self, what: str, value: Any = None, error: Exception | None = None) -> list[Any]:
-        told = self.group.gather(self.rank, (what, value, error))
+        told = self.gather((error, what, value))
         if error is not None:
             raise error
-        for rank, (where, _, failure) in enumerate(told):
+        for rank, (failure, where, _) in enumerate(told):
             if failure is not None:
                 raise RankFailed(f"rank {rank} failed in {where}: {type(failure).__name__}: {failure}")
-        assert {where for where, _, _ in told} == {what}, f"ranks have lost step: {told}"
-        return [value for _, value, _ in told]
+        assert {where for _, where, _ in told} == {what}, f"ranks have lost step: {told}"
+        return [value for _, _, value in told]
 
     def from_first(self, value: Any) -> Any:
-        return self._transfer("from_first", value)[0]
+        self.num_transfers += 1
+        return self.gather(value)[0]
 
     def exchange(self, to_each: Sequence[np.ndarray]) -> list[np.ndarray]:
         assert len(to_each) == self.size and all(part.dtype == np.int64 for part in to_each)
-        return [parts[self.rank].copy() for parts in self._transfer("exchange", to_each)]
+        self.num_transfers += 1
+        return [parts[self.rank].copy() for parts in self.gather(to_each)]
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
-        told = self._transfer("add_up", [tensor.detach().clone() for tensor in tensors])
-        for tensor, *parts in zip(tensors, *told, strict=True):
-            tensor.detach().copy_(torch.stack(parts).sum(0))
+        self.num_transfers += 1
+        told = self.gather([tensor.detach().clone() for tensor in tensors])
+        for tensor, parts in zip(tensors, zip(*told)):
+            tensor.detach().copy_(sum(part.float() for part in parts))
 
     def take_from_first(self, tensors: Sequence[torch.Tensor]) -> None:
-        (first, *_) = self._transfer("take_from_first", [tensor.detach().clone() for tensor in tensors])
-        for tensor, value in zip(tensors, first, strict=True):
-            tensor.detach().copy_(value)
-
-    def _transfer(self, what: str, value: Any) -> list[Any]:
         self.num_transfers += 1
-        return self.meet(what, value)
+        for tensor, first in zip(tensors, self.gather([tensor.detach().clone() for tensor in tensors])[0]):
+            tensor.detach().copy_(first)
 
 
-def run_ranks(size: int, work: Callable[[ThreadRanks], T]) -> list[T]:
-    """What `work` returns on each rank; what it raises on one is raised here."""
-    group = Group(size)
-    ranks = group.ranks
-    results = group.run(lambda rank: work(ranks[rank]))
-    errors = [result for result in results if isinstance(result, Exception)]
-    for error in sorted(errors, key=lambda e: "waited in vain" in str(e)):
+def run_ranks(size: int, function: Callable[[ThreadRanks], Any]) -> list[Any]:
+    """What `function` returns on each rank; a rank that raises breaks the others' wait, and its error is raised here."""
+    slots, barrier = [None] * size, threading.Barrier(size)
+
+    def run(rank: int) -> Any:
+        try:
+            return function(ThreadRanks(rank, slots, barrier))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(run, rank) for rank in range(size)]
+    errors = [error for future in futures if (error := future.exception())]
+    for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
         raise error
-    return results
+    return [future.result() for future in futures]

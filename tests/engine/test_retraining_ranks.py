@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_llama
-from learning_rank import ADAPT, SAMPLING, LearningRank, same_bits, weights
-from thread_ranks import Group
+from learning_rank import ADAPT, SAMPLING, Group, LearningRank, same_bits, weights
 
 from atlas_rl.adapt import retrainer as module
 from atlas_rl.adapt.retrainer import Retrainer
