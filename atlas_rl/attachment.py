@@ -278,6 +278,8 @@ class Attachment:
         names = ("tokens_per_s", "tokens_per_decode_step", "speedup_estimate", "rank_idle_s")
         metrics = {name: row[name] for name in names if name in row}
         metrics["seconds"] = row["seconds"]["total"]
+        if stats.tokens_of_all_ranks:  # rank 0 logs for the run, which waits for the slowest
+            metrics["tokens_per_s"] = stats.tokens_of_all_ranks / (metrics["seconds"] + stats.rank_idle_seconds)
         for name, counts in row.get("drafters", {}).items():
             if "acceptance" in counts:  # of an arm's drafters one may never have been the better one
                 metrics[f"{name}_acceptance"] = counts["acceptance"]
