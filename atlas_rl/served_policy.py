@@ -120,9 +120,11 @@ class ServedPolicy:
         reason = unsupported_reason(self.model)
         if reason is not None:
             raise UnsupportedModel(reason)
-        had_one, self.local = self.local is not None, LocalPolicy.of(self.model)
-        if had_one or self.local is not None:
-            self.taken_step = None
+        local = LocalPolicy.of(self.model)
+        if local is not None and local.is_collective and self.args is None:
+            raise UnsupportedModel("its weights are sharded, and without a trainer nobody says when they have changed")
+        if local is not self.local:
+            self.local, self.taken_step = local, None
 
     def _prepare_copies(self, step: int, ranks: Ranks) -> None:
         """Whatever may fail before ranks gather weights."""
