@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pytest
+import torch
 import trl.experimental
 import trl.trainer
 from helpers import tiny_qwen3
-from transformers import AutoTokenizer, Trainer
+from transformers import AutoTokenizer, PreTrainedModel, Trainer
 
 from atlas_rl.tasks import policy_path
 
@@ -33,12 +35,12 @@ CHATS = [
 PREFERENCES = [{"prompt": text, "chosen": " Answer: 12", "rejected": " no"} for text in TEXTS]
 
 
-def save_tiny_policy(folder: Path) -> Path:
+def save_tiny_policy(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """A random policy with the shipped policy's tokenizer and a chat template, as a user would name it to a trainer."""
     tokenizer = AutoTokenizer.from_pretrained(policy_path())
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
-    tiny_qwen3(vocab_size=len(tokenizer), eos_token_id=1, pad_token_id=0).save_pretrained(folder)
+    tiny_qwen3(dtype, vocab_size=len(tokenizer), eos_token_id=1, pad_token_id=0).save_pretrained(folder)
     return folder
 
 
@@ -70,6 +72,7 @@ RECIPES = {
     "A2POTrainer": Recipe(
         rewarded=True, options={"max_completion_length": 6, "num_value_samples": 2, "filter_all_incorrect": False}
     ),
+    "MiniLLMTrainer": Recipe(has_teacher=True, options=GROUPS),
 }
 EVALUATES_WITHOUT_GENERATING = {"GOLDTrainer", "IWOPDTrainer", "GKDTrainer"}
 CANNOT_EVALUATE = {"OnlineDPOTrainer"}
@@ -83,6 +86,14 @@ ELSEWHERE = {
 }
 
 
+EARLIER = frozenset(
+    "MiniLLMTrainer BCOTrainer KTOTrainer BaseSelfDistillationTrainer DPPOTrainer GFPOTrainer GRPOWithReplayBufferTrainer "
+    "NashMDTrainer PAPOTrainer XPOTrainer".split()
+)
+"""Generate in the oldest TRL that is supported, and are not in the newest one or do not generate there. (Several do not run even
+without Atlas, with a transformers as new as Atlas needs.)"""
+
+
 def make_trainer(
     name: str,
     policy: Path,
@@ -92,6 +103,8 @@ def make_trainer(
     **options: Any,
 ) -> Trainer:
     """The trainer of that name, by its recipe; `parts` are arguments of the trainer, `options` of its config."""
+    if name not in online_trainers():
+        pytest.skip(f"TRL {trl.__version__} has no {name}")
     recipe = (RECIPES | SAMPLES_FOR_THE_LOG)[name]
     defaults = {
         "output_dir": str(output_dir),
@@ -131,6 +144,19 @@ def rollout_rows(output_dir: Path) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if row["kind"] == "rollout"]
 
 
+def marks(model: PreTrainedModel) -> dict:
+    """What a generator could leave behind on a model, beside its weights."""
+    return {
+        "attributes": sorted(vars(model)),
+        "attention": model.config._attn_implementation,
+        "dtypes": [p.dtype for p in model.parameters()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "training": [m.training for m in model.modules()],
+        "checkpointing": [getattr(m, "gradient_checkpointing", None) for m in model.modules()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+    }
+
+
 @cache
 def online_trainers() -> dict[str, type[Trainer]]:
     """Every trainer class of the installed TRL whose code, or that of a TRL class below it, generates."""
@@ -141,7 +167,7 @@ def online_trainers() -> dict[str, type[Trainer]]:
                 continue
             for name, value in vars(import_module(module.name)).items():
                 if inspect.isclass(value) and value.__module__ == module.name and _generates(value):
-                    found[name] = value
+                    found.setdefault(name, value)  # an experimental variant may go by the same name
     return found
 
 

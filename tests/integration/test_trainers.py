@@ -2,44 +2,41 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("trl")
 
+import trl
 from recipes import (
     CANNOT_EVALUATE,
+    EARLIER,
     ELSEWHERE,
     EVALUATES_WITHOUT_GENERATING,
     RECIPES,
     SAMPLES_FOR_THE_LOG,
     make_trainer,
+    marks,
     online_trainers,
     rollout_rows,
 )
-from transformers import PreTrainedModel
+from transformers import Trainer
 
 from atlas_rl import AtlasConfig, AtlasRolloutGenerator
 
-
-def marks(model: PreTrainedModel) -> dict:
-    """What a generator could leave behind on a model, beside its weights."""
-    return {
-        "attributes": sorted(vars(model)),
-        "attention": model.config._attn_implementation,
-        "dtypes": [p.dtype for p in model.parameters()],
-        "requires_grad": [p.requires_grad for p in model.parameters()],
-        "training": [m.training for m in model.modules()],
-        "checkpointing": [getattr(m, "gradient_checkpointing", None) for m in model.modules()],
-        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
-    }
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 
 
 def test_every_trainer_that_generates_is_known_here():
     known = {*RECIPES, *SAMPLES_FOR_THE_LOG, *ELSEWHERE}
     found = set(online_trainers())
-    assert found - known == set(), "TRL has trainers that generate and have no recipe in tests/recipes.py"
-    assert known - found == set(), "tests/recipes.py names trainers that TRL does not have, or that do not generate"
+    assert found - known - EARLIER == set(), "TRL has trainers that generate and have no recipe in tests/recipes.py"
+    if f"trl=={trl.__version__}" in CONSTRAINTS.read_text().splitlines():
+        assert found == known - EARLIER, (
+            "tests/recipes.py names trainers that TRL does not have, or that do not generate"
+        )
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -61,6 +58,8 @@ def test_two_steps_through_atlas(name: str, atlas, tiny_policy, tmp_path):
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in CANNOT_EVALUATE])
 def test_evaluation_goes_through_atlas(name: str, atlas, tiny_policy, tmp_path):
     trainer = make_trainer(name, tiny_policy, tmp_path, [atlas])
+    if name == "SDFTTrainer" and type(trainer).prediction_step is Trainer.prediction_step:
+        pytest.skip("its evaluation fails without Atlas too in this TRL")
     trainer.evaluate()
     if name in EVALUATES_WITHOUT_GENERATING:
         assert not (tmp_path / "rollouts.jsonl").exists()
@@ -97,7 +96,7 @@ def test_an_interrupted_evaluation_before_the_first_step_leaves_checkpointing_on
         "GRPOTrainer", tiny_policy, tmp_path, [atlas], eval_on_start=True, gradient_checkpointing=True
     )
 
-    def interrupted(*args):
+    def interrupted(*args, **kwargs):
         assert not trainer.model.model.gradient_checkpointing, "TRL has it off around generate"
         raise KeyboardInterrupt
 
