@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -89,12 +90,42 @@ def test_deepspeed_on_the_cpu_and_resumed(run_dir, stage):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_s_own_config_under_torchrun(run_dir, stage):
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
+@pytest.mark.parametrize(
+    ("stage", "launcher", "flags"),
+    [
+        (2, (), ["--num_processes", "2"]),
+        (3, ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"), []),
+    ],
+    ids=["accelerate", "torchrun"],
+)
+def test_deepspeed_s_own_config(run_dir, stage, launcher, flags):
     config = str(ROOT / "configs/deepspeed" / f"zero{stage}.json")
-    output = train("--deepspeed", config, "--resume_from_checkpoint", "true", launcher=torchrun)
+    output = train("--deepspeed", config, "--resume_from_checkpoint", "true", *flags, launcher=launcher)
     assert "DeepSpeed over gloo" in output and "No complete checkpoint in out" in output
+    assert rollouts(run_dir) == [(0, 0), (0, 1)]
+
+
+@pytest.mark.distributed
+def test_two_machines(run_dir):
+    """Two launchers, each of them told that it is one of two machines."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    shared = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    command = [
+        sys.executable,
+        "-m",
+        "atlas_rl",
+        "train",
+        "--config",
+        "run.yaml",
+        *accelerate_config("multi_node_zero3"),
+    ]
+    first, second = (shlex.join([*command, *shared, "--machine_rank", rank]) for rank in "01")
+    output = run_killable(
+        ["sh", "-c", f"{first} & first=$!; {second}; echo second $?; wait $first; echo first $?"], 180
+    )
+    assert "second 0" in output and "first 0" in output, output[-3000:]
     assert rollouts(run_dir) == [(0, 0), (0, 1)]
 
 
