@@ -97,8 +97,8 @@ class Watch:
         self.trainer, self.rank = trainer, trainer.accelerator.process_index
         self.changes: list[str] = []
         """Of a rollout, to what it must leave alone."""
-        self.gathered: dict[int, Counter[str]] = {}
-        """By step, how often each parameter was gathered within rollouts."""
+        self.gathered: dict[int, Counter[int]] = {}
+        """By step, how often each parameter was gathered, by where its shard lies."""
         self.collectives_in_decoding: Counter[str] = Counter()
         self.decode_steps = 0
         self.frozen = self.hash(p for p in trainer.model.parameters() if not p.requires_grad)
@@ -115,8 +115,8 @@ class Watch:
             "rewards": [row["reward"] for row in self.trainer.state.log_history if "reward" in row],
             "changes": self.changes,
             "is_detached": not isinstance(vars(unwrap(model)).get("generate"), GenerateHook),
-            "gathered": {step: dict(counts) for step, counts in self.gathered.items()},
-            "parameters": [name for name, _ in unwrap(model).named_parameters()],
+            "gathered": {step: list(counts.values()) for step, counts in self.gathered.items()},
+            "num_parameters": len(list(model.parameters())),
             "collectives_in_decoding": dict(self.collectives_in_decoding),
             "decode_steps": self.decode_steps,
             "frozen": [self.frozen, self.hash(p for p in model.parameters() if not p.requires_grad)],
@@ -168,13 +168,9 @@ class Watch:
         return marks(unwrap(model)) | {"weights": shards.hexdigest(), "random numbers": random_states}
 
     def _watch_gathers(self) -> None:
-        names = {}
-
         def count(parameter: Any) -> None:
-            if not names:
-                names.update({shard(p).data_ptr(): name for name, p in unwrap(self.trainer.model).named_parameters()})
             counts = self.gathered.setdefault(self.trainer.state.global_step, Counter())
-            counts[names.get(shard(parameter).data_ptr(), "?")] += 1
+            counts[shard(parameter).data_ptr()] += 1
 
         full_tensor = DTensor.full_tensor
 
