@@ -92,7 +92,7 @@ class ServedPolicy:
             engine.weights_changed = True
             self.taken_step = step
         engine.unbilled["refresh"] += time.perf_counter() - start
-        if self.resume_from is not None:
+        if self.resume_from is not None and (ranks.size > 1 or self.ranks.size == 1):
             self._resume(engine)
         return engine
 
@@ -132,6 +132,7 @@ class ServedPolicy:
         if self.local.needs_gathering() and ranks.size < Ranks.of_run().size:
             raise Unsupported("its weights are sharded, and were not gathered at the first call of this step")
         self.local.check_fits()
+        self.local.allocate()
 
     def _is_stale(self, step: int) -> bool:
         """Whether copies are to be made from the policy's weights again."""

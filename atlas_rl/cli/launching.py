@@ -244,6 +244,26 @@ def is_launched() -> bool:
     return "LOCAL_RANK" in os.environ
 
 
+def check_not_launched(launch_flags: list[str]) -> None:
+    if is_launched():
+        raise ValueError(
+            f"{launch_flags[0].lstrip('-')} is for `accelerate launch`, but this process was started by a launcher already "
+            "(torchrun?): leave it out, or start with `atlas-rl train`"
+        )
+
+
+def check_process(fields: dict[str, Any]) -> None:
+    """Before this process, launched or not, builds the trainer's config."""
+    check_batch(fields, int(os.environ.get("WORLD_SIZE", "1")))
+    if fields.get("deepspeed"):
+        check_deepspeed_installed("deepspeed")
+    for field in ("deepspeed", "fsdp"):
+        if fields.get(field) and not is_launched():
+            raise ValueError(
+                f"{field}: it needs processes that a launcher starts: add --num_processes 2 (or more), or use torchrun"
+            )
+
+
 def join(fields: dict[str, Any]) -> list[str]:
     """Before a launched process builds the trainer's config: flags to set over `fields`, so that it runs without accelerators."""
     if not is_launched():

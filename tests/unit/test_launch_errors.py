@@ -108,6 +108,13 @@ def test_deepspeed_that_is_not_there(capsys, config, tmp_path, monkeypatch, gpus
     assert remedy in fails(capsys, config, "--deepspeed", tmp_path / "ds.json")
 
 
+@pytest.mark.parametrize("field", ["deepspeed", "fsdp"])
+def test_sharding_that_nothing_launches(capsys, config, tmp_path, field):
+    (tmp_path / "ds.json").write_text("{}")
+    line = fails(capsys, config, f"--{field}", *([tmp_path / "ds.json"] if field == "deepspeed" else []))
+    assert f"{field}: " in line and "--num_processes" in line and "torchrun" in line
+
+
 def test_launcher_flags_in_a_process_that_was_launched(capsys, config, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert "accelerate_config is for" in fails(capsys, config, "--accelerate_config", "zero2")
