@@ -39,6 +39,8 @@ LEARNING = {
 }
 """A run whose rewards rise. On one process with twice the batch it has the same prompts."""
 
+GATHERS = "ds3_gather_for_generation"
+
 
 def share_of_low_ids(completions: list[Any], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
     return [sum(token < 384 for token in ids) / max(1, len(ids)) for ids in completion_ids]
@@ -74,7 +76,7 @@ def main(
     parts, callbacks = trainer_parts(trainer_name, mode), [] if stock else [generator]
     trainer = make_trainer(trainer_name, policy, output_dir, callbacks, parts, **options)
     watch = Watch(trainer)
-    gathers_for_generation = getattr(trainer.args, "ds3_gather_for_generation", None)
+    gathers = getattr(trainer.args, GATHERS, None)
     if fails_at is not None and watch.rank == 1:
         watch.fail_at(fails_at)
     trainer.train()
@@ -83,7 +85,7 @@ def main(
         for _ in range(3 if watch.rank == 0 else 1):
             trainer.model.generate(torch.tensor([[5, 6, 7]]), attention_mask=torch.ones(1, 3), max_new_tokens=4)
     generator.detach()
-    seen = watch.report() | {"gathers_for_generation": [gathers_for_generation, trainer.args.ds3_gather_for_generation]}
+    seen = watch.report() | {"gathers_for_generation": [gathers, getattr(trainer.args, GATHERS, None)]}
     (output_dir / f"rank{watch.rank}.json").write_text(json.dumps(seen))
     trainer.accelerator.wait_for_everyone()
     sys.stdout.flush()
