@@ -29,6 +29,8 @@ TESTS = [
 ]
 CELLS = {"oldest": (0, 0), "newest transformers": (0, -1), "newest trl": (-1, 0), "newest": (-1, -1)}
 """Which of the admitted releases of TRL and of transformers: the first, or the last."""
+UNSTATED = ["requests"]
+"""What TRL before 1.14 imports without requiring it. Older releases of transformers and datasets brought it along."""
 SHOWN = ("trl", "transformers", "accelerate", "datasets", "peft", "deepspeed", "numpy", "torch")
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
@@ -63,7 +65,7 @@ def pins_of_cells() -> dict[str, list[str]]:
     cells = {}
     for cell, (trl, transformers) in CELLS.items():
         pair = [f"trl=={releases['trl'][trl]}", f"transformers=={releases['transformers'][transformers]}"]
-        cells[cell] = [*pair, torch, *(floors if cell == "oldest" else []), *others]
+        cells[cell] = [*pair, torch, *(floors if cell == "oldest" else []), *(UNSTATED if trl == 0 else []), *others]
     return cells
 
 
