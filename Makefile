@@ -1,5 +1,6 @@
 # make train   install into .venv (first time only), then train the shipped policy with GRPO: a few minutes on 2 cores
-# make test    install into .venv (first time only), then run every test
+# make test    install into .venv (first time only), then run every test but the longer ones on several processes:
+# make test-distributed    ZeRO-1/2/3, FSDP2, LoRA and runs that are killed, one after another
 # make test-versions   the drop-in's tests on the oldest and newest TRL and transformers (four environments, 6 GB)
 # make lint    ruff;   make format   let ruff rewrite;   make clean   forget the installation and the runs
 #
@@ -10,10 +11,10 @@ PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
-EXTRAS := tasks,plots,peft,test,dev
+EXTRAS := tasks,plots,peft,deepspeed,test,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-versions lint format clean
+.PHONY: help setup train test test-distributed test-versions lint format clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -26,6 +27,9 @@ train: setup
 
 test: setup lint
 	@$(VENV)/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
+
+test-distributed: setup
+	@$(VENV)/bin/python -m pytest -m distributed $(ARGS)
 
 test-versions: setup
 	@$(VENV)/bin/python tests/version_matrix.py $(ARGS)

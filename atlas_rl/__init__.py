@@ -13,6 +13,7 @@ _EXPORTS = {
     "EngineConfig": "atlas_rl.config",
     "Rollout": "atlas_rl.types",
     "SamplingParams": "atlas_rl.types",
+    "last_complete_checkpoint": "atlas_rl.checkpoints",
 }
 __all__ = sorted(_EXPORTS)
 

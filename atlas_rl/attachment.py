@@ -7,25 +7,33 @@ import logging
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from torch import nn
 from transformers import PreTrainedModel
 
 from atlas_rl.adapt.adaptation import Adaptation
-from atlas_rl.adapt.state import load_state, save_state
+from atlas_rl.checkpoints import reopen
 from atlas_rl.config import AtlasConfig
-from atlas_rl.drafters import build_drafters
-from atlas_rl.engine.calibrate import calibrate
 from atlas_rl.engine.engine import RolloutEngine
-from atlas_rl.engine.policy_view import PolicyView
-from atlas_rl.engine.twin import UnsupportedModel
-from atlas_rl.integrations.hf_generate import Unsupported, plan_generation
-from atlas_rl.integrations.trl import CheckpointingFlags, GenerateHook, LogHook, autocast_dtype, bypass
+from atlas_rl.engine.twin import UnsupportedModel, unsupported_reason
+from atlas_rl.integrations.hf_generate import GenerationPlan, Unsupported, plan_generation
+from atlas_rl.integrations.trl import (
+    CheckpointingFlags,
+    GatheringOption,
+    GenerateHook,
+    LogHook,
+    bypass,
+    calls_are_equal,
+)
+from atlas_rl.ranks import Ranks
+from atlas_rl.served_policy import ServedPolicy
 from atlas_rl.telemetry.log import RolloutLog, keep_earlier_log
 from atlas_rl.telemetry.stats import RolloutStats
+from atlas_rl.together import agree, generate_together
 from atlas_rl.types import Rollout, RolloutRequest, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -33,139 +41,180 @@ logger = logging.getLogger(__name__)
 PHASES = ("train", "eval")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One call of `generate`."""
+
+    place: dict[str, Any]
+    """Phase, step, number of the call within the step, rank: its place in the log, and the words of its seed."""
+    ranks: Ranks
+    """Those that are sure to make this very call: all of the run, or this one alone."""
+
+
 class Attachment:
     """Serves `generate` of one model: plans the call, seeds its rows, runs the engine, keeps and logs the figures."""
 
-    def __init__(self, model: PreTrainedModel, args: Any | None, config: AtlasConfig) -> None:
+    def __init__(self, model: PreTrainedModel, wrapper: nn.Module, args: Any | None, config: AtlasConfig) -> None:
         self.model = model
         self.args = args
         """The trainer's arguments; None for a bare model."""
         self.config = config
         self.state: Any | None = None
         """The trainer's live state; the one seen in `on_init_end` is not the one that trains."""
-        self.engine: RolloutEngine | None = None
-        self.engine_key: Any = None
-        self.adaptation: Adaptation | None = None
-        """The model's drafters, made with the first engine; what they know outlives it."""
-        self.resume_from: Path | None = None
-        """Checkpoint whose drafters the first engine takes over."""
+        self.policy = ServedPolicy(model, wrapper, args, config, self._base_seed)
         self.log: RolloutLog | None = None
         self.stats = RolloutStats()
         self.calls: dict[str, tuple[int, int]] = {}
         """By phase, the step of the last generate call and how many there have been within it."""
-        self.refreshed_step = -1
         self.unlogged: dict[str, RolloutStats] = {}
         """By phase, the sums since `Trainer.log` last took them."""
         self.step_stats: RolloutStats | None = None
         self.step_start = time.perf_counter()
         self.in_step = False
+        self.is_first_of_step = False
+        """Whether the next call within this optimizer step is its first: the one that all ranks make."""
+        self.met_step: int | None = None
+        """The last step at which ranks have met for a rollout."""
         self.checkpointing = CheckpointingFlags(model)
         self.told_reasons: set[str] = set()
         self.hook = GenerateHook(model, self.serve)
+        self.gathering = GatheringOption(None if bypass(args) or unsupported_reason(model) else args)
         LogHook.acquire()
         if option := bypass(args):
             logger.warning("Atlas is not in use: %s sends the rollouts past model.generate. Set it to False", option)
 
     def close(self) -> None:
         self.hook.restore()
+        self.gathering.restore()
         LogHook.release()
+
+    @property
+    def engine(self) -> RolloutEngine | None:
+        return self.policy.engine
+
+    @property
+    def adaptation(self) -> Adaptation | None:
+        return self.policy.adaptation
+
+    def follow(self, state: Any) -> None:
+        """Count steps by a trainer's state from now on."""
+        self.state = state
+        self.policy.remaining = lambda: float(max(0, self.state.max_steps - self.state.global_step))
+        self.policy.ranks = Ranks.of_run() if calls_are_equal(self.args) else Ranks.alone()
 
     # ---- generating ------------------------------------------------------------------------------------------------------
 
     def serve(self, *args: Any, **kwargs: Any) -> Any:
         """What `model.generate` does while attached."""
+        call = self.begin_call()
         try:
-            if len(args) > 2:
-                raise Unsupported("arguments after generation_config are given by position")
-            named = kwargs | dict(zip(("inputs", "generation_config"), args))
-            plan = plan_generation(self.model, named.pop("inputs", None), named.pop("generation_config", None), named)
-            engine = self.ready_engine()
+            plan = agree(call.ranks, "planning a rollout", lambda: self._plan(args, kwargs))
+            rollouts = self.generate(plan.prompts, plan.sampling, call=call)
         except (Unsupported, UnsupportedModel) as reason:
-            return self._fall_back(str(reason), args, kwargs)
-        try:
-            return plan.to_output(self.generate(plan.prompts, plan.sampling, None, engine))
+            return self._fall_back(str(reason), call, args, kwargs)
         except BaseException:
             self.checkpointing.restore()
             self.in_step = False
             raise
+        return plan.to_output(rollouts)
 
     def generate(
-        self, rows: list[tuple[int, ...]], sampling: SamplingParams, seed: int | None, engine: RolloutEngine
+        self,
+        rows: list[tuple[int, ...]],
+        sampling: SamplingParams,
+        seed: int | None = None,
+        call: Call | None = None,
     ) -> list[Rollout]:
-        """One completion per row, logged whether it succeeds or not."""
-        max_lens = sampling.max_lens(len(rows))
-        place = self._next_call()
-        words = (seed,) if seed is not None else self._seed_words(place)
-        first_row = place["rank"] * len(rows)
+        """One completion per row, logged whether it succeeds or not.
+
+        Raises:
+            Unsupported, UnsupportedModel: only the original `generate` can make them exactly.
+        """
+        call = call or self.begin_call()
+        gathered_before = self.policy.gathered_bytes
+        engine = self.ready_engine(call.ranks)
+        gathered = self.policy.gathered_bytes - gathered_before
+        words = (seed,) if seed is not None else self._seed_words(call.place)
+        counts = call.ranks.meet("counting the rows", len(rows))
+        # where only this rank calls, the others' rows are taken to be as many
+        first_row = sum(counts[: call.ranks.rank]) if call.ranks.size > 1 else rank() * len(rows)
         requests = [
             RolloutRequest(prompt_ids=prompt, seed=mix_seed(*words, first_row + i), max_new_tokens=max_len)
-            for i, (prompt, max_len) in enumerate(zip(rows, max_lens, strict=True))
+            for i, (prompt, max_len) in enumerate(zip(rows, sampling.max_lens(len(rows)), strict=True))
         ]
-        if self.state is not None and self.state.global_step != self.refreshed_step:
-            engine.weights_changed = True  # an optimizer step may write where neither counters nor sums show it
-            self.refreshed_step = self.state.global_step
-        return self._recorded(place, lambda: engine.generate(requests, sampling), lambda: engine.stats)
+        row = call.place | ({"gathered_bytes": gathered} if gathered else {})
+        return self._recorded(row, lambda: self._completed(engine, call, requests, sampling), lambda: engine.stats)
 
-    def ready_engine(self) -> RolloutEngine:
-        """The engine for the model as it is now: a changed dtype, device or set of parameters needs a new twin."""
-        dtype = autocast_dtype(self.model, self.args)
-        key = (dtype, [(id(p), p.dtype, p.device) for p in self.model.parameters()])
-        if self.engine is None or key != self.engine_key:
-            start = time.perf_counter()
-            view = PolicyView(self.model, autocast_dtype=dtype, pack_linears=self.config.engine.pack_linears)
-            with torch.inference_mode(False):  # the caller may be under it, and heads are to be trained
-                if self.adaptation is None:
-                    self.adaptation = self._build_adaptation(view)
-                self.engine, self.engine_key = RolloutEngine(view, self.config, self.adaptation.drafters.all), key
-                self.adaptation.attach(self.engine)
-            if self.state is not None and not self.config.deterministic:  # a run has many rollouts to gain it back
-                calibrate(self.engine)
-            self.engine.unbilled_seconds = time.perf_counter() - start
-        if self.resume_from is not None:
-            with torch.inference_mode(False):
-                load_state(self.resume_from, self.adaptation, self.engine)
-            self.resume_from = None
-        return self.engine
+    def ready_engine(self, ranks: Ranks | None = None) -> RolloutEngine:
+        """The engine for the model as it is now."""
+        return self.policy.ready_engine(self._step(), ranks or Ranks.alone())
 
-    def _build_adaptation(self, view: PolicyView) -> Adaptation:
-        seed = self._base_seed()
-        with torch.random.fork_rng(devices=[]):  # a new head's weights are no business of the trainer's generator
-            torch.default_generator.manual_seed(seed)
-            drafters = build_drafters(self.config, view)
-        return Adaptation(
-            self.config, drafters, remaining=None if self.state is None else self._remaining_updates, seed=seed
-        )
+    def _completed(
+        self, engine: RolloutEngine, call: Call, requests: list[RolloutRequest], sampling: SamplingParams
+    ) -> list[Rollout]:
+        ranks = call.ranks
+        # drafters of several ranks learn where all meet, and an evaluation may have taken the weights over before that
+        meets_anew = ranks.size > 1 and call.place["step"] != self.met_step
+        self.adaptation.may_update = self.policy.ranks.size == 1 or meets_anew
+        if ranks.size == 1:
+            return engine.generate(requests, sampling)
+        if meets_anew:
+            engine.weights_changed, self.met_step = True, call.place["step"]
+        requests = agree(ranks, "checking the prompts", lambda: engine.checked(requests))
+        balance = self.config.engine.balance_ranks
+        return generate_together(engine, ranks, requests, sampling, self.policy.lengths, balance=balance)
+
+    def begin_call(self) -> Call:
+        # GKD generates before the training step switches its model to train mode
+        phase = "train" if self.model.training or self.in_step else "eval"
+        step = self._step()
+        last_step, num_calls = self.calls.get(phase, (step, 0))
+        number = num_calls if last_step == step else 0
+        self.calls[phase] = (step, number + 1)
+        place = {"phase": phase, "call": number, "step": step, "rank": rank()}
+        return Call(place=place, ranks=self._callers(step))
+
+    def _callers(self, step: int) -> Ranks:
+        """Those that are sure to make this very call.
+
+        Within an optimizer step that is all ranks, the first time; later turns of tools are a rank's own. Between steps callbacks
+        may generate on some ranks only; but where sharded weights are to be gathered, any generation would be collective.
+        """
+        is_first, self.is_first_of_step = self.is_first_of_step, False
+        if self.in_step and not is_first:
+            return Ranks.alone()
+        if self.policy.needs_ranks(step):
+            return Ranks.of_run()
+        return self.policy.ranks if self.in_step else Ranks.alone()
 
     def free(self) -> None:
         """Drop the twin and its weight copies; what the drafter knows stays."""
-        self.engine = self.engine_key = None
+        self.policy.free()
 
-    def _fall_back(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GenerationPlan:
+        if len(args) > 2:
+            raise Unsupported("arguments after generation_config are given by position")
+        named = kwargs | dict(zip(("inputs", "generation_config"), args))
+        return plan_generation(self.model, named.pop("inputs", None), named.pop("generation_config", None), named)
+
+    def _fall_back(self, reason: str, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The original `generate`, with one line per reason."""
         if reason not in self.told_reasons:
             self.told_reasons.add(reason)
             logger.warning("generate() goes to transformers, not through Atlas: %s", reason)
+        self.gathering.restore()  # from the next call on: in this one the trainer has made its choice
         stats, start = RolloutStats(), time.perf_counter()
 
         def timed() -> RolloutStats:
             stats.seconds["total"] = time.perf_counter() - start
             return stats
 
-        return self._recorded(
-            self._next_call() | {"fallback": reason}, lambda: self.hook.original(*args, **kwargs), timed
-        )
+        return self._recorded(call.place | {"fallback": reason}, lambda: self.hook.original(*args, **kwargs), timed)
 
     # ---- seeds -----------------------------------------------------------------------------------------------------------
 
-    def _next_call(self) -> dict[str, Any]:
-        """Phase, step, call within the step, and rank of a generate call: its place in the log, and the words of its seed."""
-        # GKD generates before the training step switches its model to train mode
-        phase = "train" if self.model.training or self.in_step else "eval"
-        step = 0 if self.state is None else self.state.global_step
-        last_step, num_calls = self.calls.get(phase, (step, 0))
-        call = num_calls if last_step == step else 0
-        self.calls[phase] = (step, call + 1)
-        return {"phase": phase, "call": call, "step": step, "rank": rank()}
+    def _step(self) -> int:
+        return 0 if self.state is None else self.state.global_step
 
     def _seed_words(self, place: dict[str, Any]) -> tuple[int, ...]:
         return self._base_seed(), PHASES.index(place["phase"]), place["step"], place["call"]
@@ -173,19 +222,19 @@ class Attachment:
     def _base_seed(self) -> int:
         return torch.initial_seed() if self.args is None else self.args.seed
 
-    def _remaining_updates(self) -> float:
-        return float(max(0, self.state.max_steps - self.state.global_step))
-
     # ---- figures ---------------------------------------------------------------------------------------------------------
 
     def begin_run(self) -> None:
         """Training begins; the trainer has switched the recomputation of activations on."""
         self.checkpointing = CheckpointingFlags(self.model)
-        self.open_log()
         if self.args is not None and self.state is not None and self.state.global_step:
-            self.resume_from = last_checkpoint(self.args, self.state.global_step)
+            self.policy.resume_from = last_checkpoint(self.args, self.state.global_step)
         # every rank passes here: none may write a row before rank 0 has put an earlier run's log aside
-        PartialState().wait_for_everyone()
+        agree(Ranks.of_run(), "the start of training", self._begin_run)
+
+    def _begin_run(self) -> None:
+        self.open_log()
+        self.policy.check_fits()
 
     def open_log(self) -> None:
         """A run that starts at step 0 puts an earlier run's log aside; a resumed one goes on with its own."""
@@ -198,18 +247,18 @@ class Attachment:
             keep_earlier_log(path)
         self.log = RolloutLog(path)
 
-    def save(self, checkpoint: Path) -> None:
-        """Write what drafters have learned into a checkpoint of the trainer."""
-        if self.adaptation is None:
-            return
-        if self.config.deterministic:  # what is not saved is dropped, here as in a run that resumes from this
-            self.adaptation.forget_unsaved()
+    def before_save(self, checkpoint: Path) -> None:
+        """The trainer is about to write a checkpoint, maybe over an earlier run's."""
         if rank() == 0:
-            save_state(checkpoint, self.adaptation, self.engine)
+            reopen(checkpoint)
+
+    def save(self, checkpoint: Path) -> None:
+        """Write what drafters have learned into a checkpoint of the trainer; all ranks come here."""
+        self.policy.save(checkpoint)
 
     def begin_step(self) -> None:
         self.checkpointing = CheckpointingFlags(self.model)
-        self.step_start, self.in_step = time.perf_counter(), True
+        self.step_start, self.in_step, self.is_first_of_step = time.perf_counter(), True, True
 
     def end_step(self) -> None:
         """Write the row of an optimizer step."""
@@ -226,9 +275,11 @@ class Attachment:
         if stats is None:
             return {}
         row = stats.to_dict()
-        names = ("tokens_per_s", "tokens_per_decode_step", "speedup_estimate")
+        names = ("tokens_per_s", "tokens_per_decode_step", "speedup_estimate", "rank_idle_s")
         metrics = {name: row[name] for name in names if name in row}
         metrics["seconds"] = row["seconds"]["total"]
+        if stats.tokens_of_all_ranks:  # rank 0 logs for the run, which waits for the slowest
+            metrics["tokens_per_s"] = stats.tokens_of_all_ranks / (metrics["seconds"] + stats.rank_idle_seconds)
         for name, counts in row.get("drafters", {}).items():
             if "acceptance" in counts:  # of an arm's drafters one may never have been the better one
                 metrics[f"{name}_acceptance"] = counts["acceptance"]

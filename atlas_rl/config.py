@@ -25,6 +25,8 @@ class EngineConfig:
     pack_linears: bool = True
     """On CPU, in float32: pack the Linear weights for few-row products (one extra copy), and run Llama-like layers fused."""
 
+    balance_ranks: bool = True
+    """On several ranks: let those with less to do make completions of those with more; the completions are the same."""
     capture_steps: bool = True
     """On a GPU: capture decode steps as CUDA graphs and replay them; false launches kernel by kernel."""
     compile_layers: bool = False

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from atlas_rl.attachment import Attachment
+from atlas_rl.checkpoints import check_saving, warn_of_total_limit
 from atlas_rl.config import AtlasConfig
 from atlas_rl.engine.twin import UnsupportedModel
 from atlas_rl.integrations.hf_generate import Unsupported, sampling_params, token_ids
@@ -65,7 +66,7 @@ class AtlasRolloutGenerator(TrainerCallback):
             self._attach(target, None)
             return self
         self._attach(target.model, target.args)
-        self.attachment.state = target.state
+        self.attachment.follow(target.state)
         if not any(callback is self for callback in target.callback_handler.callbacks):
             target.add_callback(self)
             self.trainer = target
@@ -117,7 +118,7 @@ class AtlasRolloutGenerator(TrainerCallback):
         if not sampling.eos_token_ids:
             sampling = replace(sampling, eos_token_ids=token_ids(attachment.model.generation_config.eos_token_id))
         rows = [tuple(map(int, prompt)) for prompt in prompts for _ in range(num_samples)]
-        return attachment.generate(rows, sampling, seed, attachment.ready_engine())
+        return attachment.generate(rows, sampling, seed)
 
     def rollout_func(self, prompts: list[Any], trainer: Trainer) -> dict[str, Any]:
         """For `GRPOTrainer(..., rollout_func=atlas.rollout_func, callbacks=[atlas])`: the same completions as without it, and
@@ -160,7 +161,7 @@ class AtlasRolloutGenerator(TrainerCallback):
             self._close_attachment()  # something has put its own `generate` on top: go on top of that
         else:
             self.detach()
-        self.attachment = Attachment(base, args, self.config)
+        self.attachment = Attachment(base, model, args, self.config)
 
     def _close_attachment(self) -> None:
         if self.attachment is not None:
@@ -178,23 +179,25 @@ class AtlasRolloutGenerator(TrainerCallback):
         attachment = self._attached()
         try:
             sampling = sampling_params(attachment.model, trainer.generation_config)
-            engine = attachment.ready_engine()
+            return attachment.generate([tuple(prompt) for prompt in prompts], sampling)
         except (Unsupported, UnsupportedModel) as reason:
             raise ValueError(
                 f"Atlas cannot make these rollouts exactly: {reason}. Attach without logprobs, and leave rollout_func out: "
                 "then they go to transformers"
             ) from None
-        return attachment.generate([tuple(prompt) for prompt in prompts], sampling, None, engine)
 
     # ---- trainer events --------------------------------------------------------------------------------------------------
 
     def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
         self._attach(model, args)
-        self.attachment.state = state
+        self.attachment.follow(state)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         self._attach(model, args)
-        self.attachment.state = state
+        self.attachment.follow(state)
+        check_saving(args, self.config.deterministic, state.save_steps)
+        if state.is_world_process_zero:
+            warn_of_total_limit(args)
         self.attachment.begin_run()
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
@@ -202,6 +205,14 @@ class AtlasRolloutGenerator(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.attachment.end_step()
+        self._before_save(args, state, control)
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        self._before_save(args, state, control)
+
+    def _before_save(self, args, state, control) -> None:
+        if control.should_save:
+            self.attachment.before_save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_save(self, args, state, control, **kwargs) -> None:
         self.attachment.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")

@@ -47,19 +47,21 @@ class Ranks:
         """Each rank's value (small: it is pickled), by rank.
 
         Args:
-            what: the phase, for the message. error: why this rank cannot go on.
+            what: the phase, for the message. error: why this rank cannot go on; one that the others know of already is raised
+                without telling them again.
         Raises:
             Exception: `error` itself, on the rank that gave it.
             RankFailed: another rank gave one.
         """
+        if error is not None and (self.size == 1 or isinstance(error, RankFailed) or hasattr(error, "is_told")):
+            raise error
         if self.size == 1:
-            if error is not None:
-                raise error
             return [value]
         mine = (None if error is None else f"{type(error).__name__}: {error}", what, value)
         told: list[Any] = [None] * self.size
         dist.all_gather_object(told, mine)
         if error is not None:
+            error.is_told = True
             raise error
         for rank, (failure, where, _) in enumerate(told):
             if failure is not None:

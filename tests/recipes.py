@@ -15,10 +15,11 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 import trl.experimental
 import trl.trainer
 from helpers import tiny_qwen3
-from transformers import AutoTokenizer, Trainer
+from transformers import AutoTokenizer, PreTrainedModel, Trainer
 
 from atlas_rl.tasks import policy_path
 
@@ -34,12 +35,12 @@ CHATS = [
 PREFERENCES = [{"prompt": text, "chosen": " Answer: 12", "rejected": " no"} for text in TEXTS]
 
 
-def save_tiny_policy(folder: Path) -> Path:
+def save_tiny_policy(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """A random policy with the shipped policy's tokenizer and a chat template, as a user would name it to a trainer."""
     tokenizer = AutoTokenizer.from_pretrained(policy_path())
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
-    tiny_qwen3(vocab_size=len(tokenizer), eos_token_id=1, pad_token_id=0).save_pretrained(folder)
+    tiny_qwen3(dtype, vocab_size=len(tokenizer), eos_token_id=1, pad_token_id=0).save_pretrained(folder)
     return folder
 
 
@@ -139,6 +140,19 @@ def make_trainer(
 def rollout_rows(output_dir: Path) -> list[dict[str, Any]]:
     lines = (output_dir / "rollouts.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if row["kind"] == "rollout"]
+
+
+def marks(model: PreTrainedModel) -> dict:
+    """What a generator could leave behind on a model, beside its weights."""
+    return {
+        "attributes": sorted(vars(model)),
+        "attention": model.config._attn_implementation,
+        "dtypes": [p.dtype for p in model.parameters()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "training": [m.training for m in model.modules()],
+        "checkpointing": [getattr(m, "gradient_checkpointing", None) for m in model.modules()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+    }
 
 
 @cache

@@ -37,6 +37,8 @@ class Acceptance:
     """The drafter's most probable token that equals what the policy drew."""
     runs: list[float]
     """Drafts whose coupled guesses are right up to this depth."""
+    num_judged: list[int]
+    """Guesses that the figures are of."""
 
     @property
     def tokens_per_step(self) -> list[float]:
@@ -93,7 +95,8 @@ def measure(
         sums_4K += torch.cat([judged_BSK3, runs_BSK1], dim=3).sum((0, 1)).T.cpu()
         counts_K += complete_BSK.sum((0, 1)).cpu()
     overlap_K, coupled_K, argmax_K, runs_K = (sums_4K / counts_K.clamp(min=1)).tolist()
-    return Acceptance(num_starts=int(counts_K[0]), overlap=overlap_K, coupled=coupled_K, argmax=argmax_K, runs=runs_K)
+    figures = {"overlap": overlap_K, "coupled": coupled_K, "argmax": argmax_K, "runs": runs_K}
+    return Acceptance(num_starts=int(counts_K[0]), num_judged=counts_K.tolist(), **figures)
 
 
 def _judge(

@@ -6,6 +6,11 @@ update takes is the budget's to say: seconds that drafts save against seconds th
 
 Nothing here touches the policy: its embeddings and output head are constants, gradients reach the head alone, the optimizer and
 the random numbers are the retrainer's own.
+
+On several ranks an update is one of all of them. Each draws as many windows per step as a single process does, from its own
+rollouts, so that the batch grows with the ranks (the learning rate does not); gradients are the mean over all ranks' windows, the
+judgement is over all held-out ones, and heads, moments and decisions are the same on all ranks. One that has nothing to learn
+from goes through the steps of the others. Where one fails, all undo the update.
 """
 
 from __future__ import annotations
@@ -14,12 +19,15 @@ import copy
 import logging
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from atlas_rl.adapt.acceptance import Acceptance, measure
+from atlas_rl.adapt.acceptance import measure
 from atlas_rl.adapt.capture import Capture
+from atlas_rl.adapt.joint import Joint
 from atlas_rl.adapt.losses import PolicyEnds, low_precision, unrolled_loss
 from atlas_rl.adapt.replay import Replay
 from atlas_rl.config import AdaptConfig
@@ -27,6 +35,7 @@ from atlas_rl.control.budget import RetrainBudget, blend
 from atlas_rl.drafters.heads import Windows
 from atlas_rl.drafters.recurrent import RecurrentDrafter
 from atlas_rl.engine.policy_view import PolicyView
+from atlas_rl.ranks import Ranks
 from atlas_rl.telemetry.stats import RetrainStats
 
 logger = logging.getLogger(__name__)
@@ -44,8 +53,17 @@ DRIFT = 0.06
 """`on_drift` retrains where acceptance has fallen by so much (relatively) since the last update that was kept."""
 
 
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What an update has to learn from on this rank, and to be judged by."""
+
+    newest: Replay
+    judged: Windows
+    ends: PolicyEnds
+
+
 class Retrainer:
-    """Retrains one drafter's head. `update` is called between rollouts.
+    """Retrains one drafter's head. `update` is called between rollouts, on all ranks with the same arguments.
 
     Args:
         drafter: its head is trained in place, on what `capture` was told of.
@@ -54,9 +72,20 @@ class Retrainer:
     """
 
     def __init__(
-        self, drafter: RecurrentDrafter, config: AdaptConfig, when: str, *, deterministic: bool = False, seed: int = 0
+        self,
+        drafter: RecurrentDrafter,
+        config: AdaptConfig,
+        when: str,
+        *,
+        deterministic: bool = False,
+        seed: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         self.drafter, self.config, self.when = drafter, config, when
+        self.ranks = ranks or Ranks.alone()
+        self.joint = Joint(self.ranks, "retraining")
+        if self.ranks.rank:
+            seed = int(np.random.default_rng([seed, self.ranks.rank]).integers(2**63))
         self.capture = Capture(drafter.layers, config.max_tokens, seed)
         self.kept: deque[Replay] = deque(maxlen=config.rollouts_kept)
         self.generator = torch.Generator().manual_seed(seed)
@@ -67,6 +96,8 @@ class Retrainer:
         self.drift_reference: float | None = None
         self.judged_tokens: float | None = None
         """Per step, of the head as updates found it, decayed: held-out prompts differ, so that one judgement tells little."""
+        self.step_seconds = 0.0
+        """That the optimizer steps of the last update took."""
         self.totals = RetrainStats()
         """Of all updates."""
 
@@ -90,8 +121,10 @@ class Retrainer:
         """
         num_steps = self.budget.choose(interval_seconds, remaining)
         if num_steps < 1 and self.is_sound:
-            if (replay := self._take()) is not None:
-                self.kept.append(replay)
+            with self.joint:
+                if (replay := self._take()) is not None:
+                    self.kept.append(replay)
+            self._close()
             return None
         stats = self.train(view, max(1, num_steps), only_if_drifted=self.when == "on_drift")
         if stats is not None and stats.steps:
@@ -104,63 +137,109 @@ class Retrainer:
     def train(self, view: PolicyView, num_steps: int, *, only_if_drifted: bool = False) -> RetrainStats | None:
         """So many optimizer steps on the last rollouts, validated; None if there is nothing to learn from."""
         start = time.perf_counter()
-        was_sound = self.is_sound
-        if not was_sound:
-            self.restore()
-        # a drafter that was damaged learns again, from older rollouts if there are no others
-        replay = self._take() or (self.kept.pop() if self.kept and not was_sound else None)
-        if replay is None or int(replay.num_starts_R.sum()) < STARTS_PER_WINDOW:
-            return None
         # the engine's caller may be under any of these
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(view.device.type, enabled=False):
             try:
-                stats = self._update(view, replay, num_steps, start, only_if_drifted and was_sound)
+                stats = self._update(view, num_steps, only_if_drifted)
+                self.step_seconds, seconds = self._close(self.step_seconds, time.perf_counter() - start)
             except Exception:
                 self.restore()
                 raise
+        if stats is None:
+            return None
+        stats.seconds = seconds
         if stats.steps:
             self.budget.step_seconds = self.budget.step_seconds or self.step_seconds / stats.steps
         self.totals = RetrainStats.total([self.totals, stats])
         return stats
 
-    def _update(
-        self, view: PolicyView, replay: Replay, num_steps: int, start: float, only_if_drifted: bool
-    ) -> RetrainStats:
-        ends = PolicyEnds.of(view.model)
-        newest, held_out = self._split(replay)
-        judged = self._judged_windows(held_out)
-        before = self._tokens(self._measure(judged, ends))
+    def _update(self, view: PolicyView, num_steps: int, only_if_drifted: bool) -> RetrainStats | None:
+        was_sound = self.is_sound
+        if not was_sound:
+            self.restore()
+        lesson, num_lessons = None, torch.zeros(1)
+        with self.joint:
+            lesson = self._lesson(view, was_sound)
+            num_lessons += lesson is not None
+        self.joint.add_up([num_lessons])
+        if not num_lessons:
+            return None
+        before = self._tokens(lesson)
         self.judged_tokens = blend(self.judged_tokens, before)
         stats = RetrainStats(updates=1, acceptance_before=before, acceptance_after=before, kept=1)
-        if only_if_drifted and not self._has_drifted():
-            self.kept.append(newest)
-            stats.seconds = time.perf_counter() - start
-            return stats
-        optimizer_state = copy.deepcopy(self.optimizer.state_dict())
+        if not (only_if_drifted and was_sound) or self._has_drifted():
+            self._learn(lesson, num_steps, int(num_lessons), stats)
+        if lesson is not None:
+            self.kept.append(lesson.newest)
+        return stats
+
+    def _learn(self, lesson: Lesson | None, num_steps: int, num_lessons: int, stats: RetrainStats) -> None:
+        """The optimizer steps, kept or undone."""
+        with self.joint:
+            optimizer_state = copy.deepcopy(self.optimizer.state_dict())
         begun = time.perf_counter()
-        is_finite = all(self._step(newest, ends) for _ in range(num_steps))
+        is_finite = all(self._step(lesson, num_lessons) for _ in range(num_steps))
         self.step_seconds = time.perf_counter() - begun
-        after = self._tokens(self._measure(judged, ends)) if is_finite else 0.0
+        before, after = stats.acceptance_before, self._tokens(lesson) if is_finite else 0.0
         stats.steps, stats.acceptance_after = num_steps, after
         if after >= before * (1 - self.config.tolerance):
-            self.good_head = copy.deepcopy(self.drafter.head.state_dict())
+            for name, tensor in self.drafter.head.state_dict().items():
+                self.good_head[name].copy_(tensor)
             self.judged_tokens *= after / before
             self.drift_reference = self.judged_tokens
-        else:
-            if not is_finite:
+            return
+        if not is_finite:
+            if self.ranks.rank == 0:
                 logger.warning("retraining of drafter %s diverged: it goes on as it was before", self.drafter.name)
-                optimizer_state = self._new_optimizer().state_dict()
+            optimizer_state = self._new_optimizer().state_dict()
+        with self.joint:
             self.restore(optimizer_state)
-            stats.kept, stats.acceptance_after = 0, before
-        self.kept.append(newest)
-        stats.seconds = time.perf_counter() - start
-        return stats
+        stats.kept, stats.acceptance_after = 0, before
+
+    def _close(self, *seconds: float) -> list[float]:
+        """The end of a joint stretch: rank 0's clock, which all go by."""
+        clock = torch.tensor([*seconds, 0.0], dtype=torch.float64) * (self.ranks.rank == 0)
+        self.joint.add_up([clock])
+        return clock[:-1].tolist()
 
     # ---- parts of an update ----------------------------------------------------------------------------------------------
 
-    def _step(self, newest: Replay, ends: PolicyEnds) -> bool:
+    def _lesson(self, view: PolicyView, was_sound: bool) -> Lesson | None:
+        # a drafter that was damaged learns again, from older rollouts if there are no others
+        replay = self._take() or (self.kept.pop() if self.kept and not was_sound else None)
+        if replay is None or int(replay.num_starts_R.sum()) < STARTS_PER_WINDOW:
+            return None
+        newest, held_out = self._split(replay)
+        return Lesson(newest, self._judged_windows(held_out), PolicyEnds.of(view.model))
+
+    def _step(self, lesson: Lesson | None, num_lessons: int) -> bool:
         """One optimizer step; False if the loss is not finite: nothing was changed then."""
-        width = STARTS_PER_WINDOW + self.config.depth
+        head = self.drafter.head
+        loss = torch.zeros((), device=next(head.parameters()).device)
+        head.requires_grad_(True)
+        try:
+            self.optimizer.zero_grad(set_to_none=True)
+            with self.joint:
+                if lesson is not None:
+                    mine = self._loss(lesson) / num_lessons
+                    loss += mine.detach()
+                    if loss.isfinite():
+                        mine.backward()
+            for p in head.parameters():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            self.joint.add_up([loss, *(p.grad for p in head.parameters())])
+            if not loss.isfinite():
+                return False
+            with self.joint:
+                torch.nn.utils.clip_grad_norm_(head.parameters(), self.config.max_grad_norm)
+                self.optimizer.step()
+        finally:
+            head.requires_grad_(False)
+        return self.is_sound
+
+    def _loss(self, lesson: Lesson) -> torch.Tensor:
+        """Of some new windows."""
+        newest, width = lesson.newest, STARTS_PER_WINDOW + self.config.depth
         windows = [newest.sample(WINDOWS_PER_STEP, width, self.config.depth, self.generator)]
         if self.kept:
             older = self.kept[int(torch.randint(len(self.kept), (), generator=self.generator))]
@@ -169,27 +248,14 @@ class Retrainer:
                 windows[0].rows(slice(WINDOWS_PER_STEP - count)),
                 older.sample(count, width, self.config.depth, self.generator),
             ]
-        head = self.drafter.head
-        head.requires_grad_(True)
-        try:
-            with low_precision(newest.hidden_ND.device):
-                parts = [
-                    unrolled_loss(
-                        head, part, self.config.depth, ends, temperature=self.capture.sampling.temperature or 1.0
-                    )[0]
-                    * (len(part) / WINDOWS_PER_STEP)
-                    for part in windows
-                ]
-                loss = torch.stack(parts).sum()
-            if not loss.isfinite():
-                return False
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(head.parameters(), self.config.max_grad_norm)
-            self.optimizer.step()
-        finally:
-            head.requires_grad_(False)
-        return self.is_sound
+        temperature = self.capture.sampling.temperature or 1.0
+        with low_precision(newest.hidden_ND.device):
+            parts = [
+                unrolled_loss(self.drafter.head, part, self.config.depth, lesson.ends, temperature=temperature)[0]
+                * (len(part) / WINDOWS_PER_STEP)
+                for part in windows
+            ]
+            return torch.stack(parts).sum()
 
     def _take(self) -> Replay | None:
         """The captured completions in which a draft can start: those of more than one token."""
@@ -217,12 +283,17 @@ class Retrainer:
         windows = held_out.tiles(HELD_OUT_STARTS + JUDGED_LOOKAHEAD, JUDGED_LOOKAHEAD)
         return windows.rows(torch.randperm(len(windows), generator=self.generator)[:HELD_OUT_WINDOWS])
 
-    def _measure(self, windows: Windows, ends: PolicyEnds) -> Acceptance:
-        return measure(self.drafter.head, windows, ends, self.capture.sampling, depth=JUDGED_LOOKAHEAD)
-
-    @staticmethod
-    def _tokens(acceptance: Acceptance) -> float:
-        return acceptance.tokens_per_step[JUDGED_LOOKAHEAD - 1]
+    def _tokens(self, lesson: Lesson | None) -> float:
+        """Per step, on all ranks' held-out windows."""
+        right_K, judged_K = torch.zeros(2, JUDGED_LOOKAHEAD, dtype=torch.float64)
+        with self.joint:
+            if lesson is not None:
+                sampling = self.capture.sampling
+                found = measure(self.drafter.head, lesson.judged, lesson.ends, sampling, depth=JUDGED_LOOKAHEAD)
+                judged_K += torch.tensor(found.num_judged)
+                right_K += (torch.tensor(found.runs, dtype=torch.float64) * judged_K).round()
+        self.joint.add_up([right_K, judged_K])
+        return 1 + sum((right_K / judged_K.clamp(min=1)).tolist())
 
     def _has_drifted(self) -> bool:
         if self.drift_reference is None:
@@ -238,6 +309,18 @@ class Retrainer:
         """Give the head the last weights that passed, and the optimizer this state, or none."""
         self.drafter.head.load_state_dict(self.good_head)
         self.optimizer.load_state_dict(optimizer_state or self._new_optimizer().state_dict())
+
+    def take_from_first(self) -> None:
+        """Go on with rank 0's moments, and its last weights that passed."""
+        moments = self.optimizer.state
+        has_moments = self.ranks.from_first(bool(moments))
+        for p in self.drafter.head.parameters() if has_moments else ():
+            zeros = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            moments[p] = moments.get(p) or zeros
+        if not has_moments:
+            moments.clear()
+        kept = [moments[p][key] for p in self.drafter.head.parameters() for key in sorted(moments.get(p, ()))]
+        self.ranks.take_from_first([*self.good_head.values(), *kept])
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         parameters = self.drafter.head.parameters()

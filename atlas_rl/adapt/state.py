@@ -2,20 +2,25 @@
 
     <checkpoint>/atlas/state.json             numbers: controller, budget, calibration, generators
     <checkpoint>/atlas/<drafter>/             the head, as `atlas-rl drafter train` writes it
-    <checkpoint>/atlas/optimizer.safetensors  moments of the adaptive head's optimizer, and counts of the draft vocabulary
+    <checkpoint>/atlas/optimizer.safetensors  moments of the adaptive head's optimizer, counts of the draft vocabulary, and such
 
 The folder is written beside and renamed into place. What is not saved (the suffix drafter's counts, captured hidden states) is
 learned again; in deterministic runs it is dropped at the checkpoint too, so that a resumed run goes on as this one does.
+
+On several ranks rank 0 writes for all of them, once all have come that far: where the folder is, every rank has written its part
+of the trainer's checkpoint. What differs by rank is in state.json for each of them, rank 0's where a single process has its own.
+A run of another number of ranks takes what there is in turn. All ranks resume from a checkpoint, or none of them does.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from atlas_rl.adapt.adaptation import Adaptation
+from atlas_rl.checkpoints import FOLDER
 from atlas_rl.drafters.checkpoints import load_head, replace_folder, save_head
 from atlas_rl.drafters.heads import DraftHead
 from atlas_rl.drafters.recurrent import RecurrentDrafter
@@ -33,13 +39,40 @@ from atlas_rl.engine.engine import RolloutEngine
 
 logger = logging.getLogger(__name__)
 
-FOLDER, STATE, TENSORS = "atlas", "state.json", "optimizer.safetensors"
-VERSION = 1
+STATE, TENSORS = "state.json", "optimizer.safetensors"
+EXTRA = "extra."
+VERSION = 2
+OF_RANK = ("calibration", "controller", "trust", "retrainer")
+"""Numbers that each rank has of its own."""
 
 
-def save_state(checkpoint: Path, adaptation: Adaptation, engine: RolloutEngine | None) -> None:
-    """Write the folder; a disk's fault costs one warning and nothing else."""
-    target = checkpoint / FOLDER
+def save_state(
+    checkpoint: Path,
+    adaptation: Adaptation,
+    engine: RolloutEngine | None,
+    extra: dict[str, np.ndarray] | None = None,
+) -> None:
+    """Write the folder; a disk's fault costs one warning and nothing else. Collective.
+
+    Args:
+        extra: arrays to keep beside, the same on all ranks.
+    """
+    mine = {name: numbers for name, numbers in _numbers(adaptation, engine).items() if name in OF_RANK}
+    of_ranks = adaptation.ranks.meet("saving the drafters", mine)
+    adaptation.add_up_words()
+    if adaptation.ranks.rank == 0:
+        _write(checkpoint / FOLDER, Saved.of(adaptation, engine, of_ranks[1:], extra))
+
+
+def save_nothing(checkpoint: Path) -> None:
+    """An empty folder, of a run that has no drafters: the checkpoint is complete."""
+    try:
+        (checkpoint / FOLDER).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        logger.warning("%s cannot be made (%s)", checkpoint / FOLDER, error)
+
+
+def _write(target: Path, saved: Saved) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=target.parent))
@@ -47,7 +80,7 @@ def save_state(checkpoint: Path, adaptation: Adaptation, engine: RolloutEngine |
         logger.warning("the drafters' state is not saved: %s cannot be written (%s)", target, error)
         return
     try:
-        Saved.of(adaptation, engine).write(scratch)
+        saved.write(scratch)
         scratch.chmod(0o755)  # mkdtemp's is private
         replace_folder(scratch, target)
     except (OSError, SafetensorError) as error:  # what safetensors makes of a full disk is its own
@@ -56,19 +89,44 @@ def save_state(checkpoint: Path, adaptation: Adaptation, engine: RolloutEngine |
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def load_state(checkpoint: Path, adaptation: Adaptation, engine: RolloutEngine) -> bool:
-    """Take over what a checkpoint holds, or with one warning nothing of it, if it is damaged or another policy's."""
-    folder = checkpoint / FOLDER
-    if not folder.exists():
+def load_state(
+    checkpoint: Path, adaptation: Adaptation, engine: RolloutEngine, extra: dict[str, np.ndarray] | None = None
+) -> bool:
+    """Take over what a checkpoint holds, or with one warning nothing of it, if it is damaged or another policy's. Collective.
+
+    Args:
+        extra: takes the arrays that were kept beside.
+    """
+    folder, ranks = checkpoint / FOLDER, adaptation.ranks
+    saved, fault = None, None
+    if folder.exists():
+        saved, fault = _tried(lambda: Saved.read(folder, adaptation.trained, ranks.rank))
+    found = ranks.meet("reading the drafters' state", (None if saved is None else saved.digest, fault))
+    if found == [(None, None)] * ranks.size:
         return False
+    faults = [fault or (None if digest == found[0][0] else "it is not what rank 0 has") for digest, fault in found]
+    adaptation.add_up_words()
     before = Saved.of(adaptation, engine)
-    try:
-        Saved.read(folder, _heads(adaptation)).apply(adaptation, engine)
-    except Exception as error:  # damage comes in all kinds
+    if not any(faults):
+        faults = ranks.meet("resuming the drafters", _tried(lambda: saved.apply(adaptation, engine))[1])
+    if any(faults):
         before.apply(adaptation, engine)
-        logger.warning("the drafters start anew: %s cannot be used (%s: %s)", folder, type(error).__name__, error)
+        if ranks.rank == 0 or faults[ranks.rank]:
+            fault = faults[ranks.rank] or "; ".join(f"rank {i}: {what}" for i, what in enumerate(faults) if what)
+            logger.warning("the drafters start anew: %s cannot be used (%s)", folder, fault)
         return False
+    adaptation.is_joined = False
+    if extra is not None:
+        extra.update(saved.extra)
     return True
+
+
+def _tried(work: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What it returns, or what it raised: damage comes in all kinds."""
+    try:
+        return work(), None
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,25 +136,23 @@ class Saved:
     numbers: dict[str, Any]
     tensors: dict[str, torch.Tensor]
     heads: dict[str, DraftHead]
+    digest: str | None = None
+    """Of the numbers as they were read, which no two checkpoints have in common."""
 
     @classmethod
-    def of(cls, adaptation: Adaptation, engine: RolloutEngine | None) -> Saved:
-        retrainer, drafters = adaptation.retrainer, _heads(adaptation)
-        numbers: dict[str, Any] = {
-            "version": VERSION,
-            "distill_steps_left": adaptation.distill_steps_left,
-            "num_updates": adaptation.num_updates,
-            "calibration": {
-                name: {"right": d.calibration.right_KM.tolist(), "total": d.calibration.total_KM.tolist()}
-                for name, d in drafters.items()
-            },
-            "controller": None if engine is None else engine.controller.state_dict(),
-            "trust": {}
-            if engine is None
-            else {n: [t.accepted, t.expected] for n, t in engine.speculator.trust.items()},
-            "retrainer": None if retrainer is None else retrainer.state_dict(),
-            "heads": sorted(drafters),
-        }
+    def of(
+        cls,
+        adaptation: Adaptation,
+        engine: RolloutEngine | None,
+        of_others: Iterable[dict[str, Any]] = (),
+        extra: dict[str, np.ndarray] | None = None,
+    ) -> Saved:
+        """
+        Args:
+            of_others: numbers of rank 1, 2, …
+        """
+        retrainer, drafters = adaptation.retrainer, adaptation.trained
+        numbers = _numbers(adaptation, engine) | {"ranks": list(of_others)}
         tensors = {"empty": torch.zeros(1)}  # safetensors refuses a file of nothing
         for name, drafter in drafters.items():
             if drafter.vocabulary is not None:
@@ -105,15 +161,24 @@ class Saved:
         if retrainer is not None:
             for index, moments in retrainer.optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{index}.{key}": value.cpu().clone() for key, value in moments.items()}
+        for name, array in (extra or {}).items():
+            tensors[EXTRA + name] = torch.from_numpy(array.copy())
         return cls(numbers, tensors, {name: copy.deepcopy(d.head) for name, d in drafters.items()})
 
     @classmethod
-    def read(cls, folder: Path, drafters: Iterable[str]) -> Saved:
-        numbers = json.loads((folder / STATE).read_text())
+    def read(cls, folder: Path, drafters: Iterable[str], rank: int) -> Saved:
+        text = (folder / STATE).read_text()
+        numbers = json.loads(text)
         if numbers["version"] != VERSION:
             raise ValueError(f"it is of version {numbers['version']}, this is {VERSION}")
+        of_ranks = [{name: numbers[name] for name in OF_RANK}, *numbers["ranks"]]
+        numbers |= of_ranks[rank % len(of_ranks)]
         heads = {name: load_head(folder / name) for name in drafters if name in numbers["heads"]}
-        return cls(numbers, load_file(folder / TENSORS), heads)
+        return cls(numbers, load_file(folder / TENSORS), heads, hashlib.blake2b(text.encode()).hexdigest())
+
+    @property
+    def extra(self) -> dict[str, np.ndarray]:
+        return {n.removeprefix(EXTRA): t.numpy() for n, t in self.tensors.items() if n.startswith(EXTRA)}
 
     def write(self, folder: Path) -> None:
         for name, head in self.heads.items():
@@ -123,7 +188,7 @@ class Saved:
 
     def apply(self, adaptation: Adaptation, engine: RolloutEngine) -> None:
         """Give everything back to its owner; raises, and has changed a part of it, where something does not fit."""
-        numbers, drafters = self.numbers, _heads(adaptation)
+        numbers, drafters = self.numbers, adaptation.trained
         if missing := {d.name for d in adaptation.drafters.of_new_head} - self.heads.keys():
             raise ValueError(f"it holds no head for {', '.join(sorted(missing))}")
         for name, head in self.heads.items():
@@ -160,7 +225,25 @@ class Saved:
             raise ValueError(
                 f"{name} drafts from another vocabulary: the policy's has {drafter.vocabulary.size} tokens"
             )
-        drafter.vocabulary.counts_V, drafter.vocabulary.ids = counts_V.copy(), ids.copy()
+        drafter.vocabulary.load(counts_V, ids)
+
+
+def _numbers(adaptation: Adaptation, engine: RolloutEngine | None) -> dict[str, Any]:
+    """As this rank has them."""
+    drafters, retrainer = adaptation.trained, adaptation.retrainer
+    return {
+        "version": VERSION,
+        "distill_steps_left": adaptation.distill_steps_left,
+        "num_updates": adaptation.num_updates,
+        "calibration": {
+            name: {"right": d.calibration.right_KM.tolist(), "total": d.calibration.total_KM.tolist()}
+            for name, d in drafters.items()
+        },
+        "controller": None if engine is None else engine.controller.state_dict(),
+        "trust": {} if engine is None else {n: [t.accepted, t.expected] for n, t in engine.speculator.trust.items()},
+        "retrainer": None if retrainer is None else retrainer.state_dict(),
+        "heads": sorted(drafters),
+    }
 
 
 def _take_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
@@ -176,9 +259,3 @@ def _take_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.T
         if shapes != expected:
             raise ValueError("the optimizer's moments are incomplete, or another head's")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-
-
-def _heads(adaptation: Adaptation) -> dict[str, RecurrentDrafter]:
-    """Drafters whose heads this run makes or trains; a static one that was loaded is where it was."""
-    adaptive = [] if adaptation.drafters.adaptive is None else [adaptation.drafters.adaptive]
-    return {drafter.name: drafter for drafter in (*adaptive, *adaptation.drafters.of_new_head)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from difflib import get_close_matches
 from importlib import import_module
 from typing import NoReturn
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         if os.environ.get("ATLAS_RL_TRACEBACK"):
             raise
-        print(f"atlas-rl: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(" ".join(str(error).split()))
         return 2
     except KeyboardInterrupt:
         print("atlas-rl: interrupted", file=sys.stderr)
@@ -76,6 +77,14 @@ def _dispatch(argv: list[str]) -> int:
     if name == "train":  # takes TRL's fields too, which no parser here knows
         return module.run(*parser.parse_known_args(module.with_trainer_name(argv[1:])))
     return module.run(parser.parse_args(argv[1:]))
+
+
+def _complain(line: str) -> None:
+    """Once: of several processes that found the same, the first one speaks, and the launcher ends the others meanwhile."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(5)
+    print(f"atlas-rl: {line}" if rank == "0" else f"atlas-rl: rank {rank}: {line}", file=sys.stderr)
 
 
 def did_you_mean(name: str, known) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from atlas_rl.checkpoints import check_checkpoint
 from atlas_rl.cli import did_you_mean
 
 DATASET_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -15,8 +17,12 @@ DATASET_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet"
 TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
 
 
-def check_inputs(values: dict[str, Any]) -> None:
+def check_inputs(values: dict[str, Any], deterministic: bool = False) -> None:
     """`values` holds fields as given in the YAML or on the command line, not parsed yet."""
+    if values.get("deepspeed"):
+        check_deepspeed_config(values["deepspeed"])
+    if isinstance(resume := resume_choice(values.get("resume_from_checkpoint")), str):
+        check_checkpoint(resume, deterministic)
     if values.get("dataset_name"):
         check_dataset(str(values["dataset_name"]))
     check_rewards(values)
@@ -65,6 +71,30 @@ def check_rewards(values: dict[str, Any]) -> None:
             "reward_funcs is missing: data of your own needs a reward. Give the dotted path of a function, such as "
             f"--reward_funcs my_rewards.exact_match, or one of {', '.join(TRL_REWARDS)}"
         )
+
+
+def resume_choice(value: Any) -> bool | str:
+    """`resume_from_checkpoint`, which TRL's parser leaves a text: the newest (True), none, or the path of one."""
+    text = str(value).lower()
+    if text in ("true", "latest", "yes"):
+        return True
+    return False if text in ("none", "null", "false", "no", "") else str(value)
+
+
+def check_deepspeed_config(value: Any) -> None:
+    """A mapping, in the YAML or as JSON, or the path of a JSON file."""
+    if isinstance(value, dict) or str(value).startswith("{"):
+        return
+    try:
+        config = json.loads(Path(value).read_text())
+    except OSError as error:
+        raise ValueError(
+            f"deepspeed: {value} cannot be read ({error.strerror}): give a JSON file of DeepSpeed's"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"deepspeed: {value} is not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"deepspeed: {value} holds no JSON object")
 
 
 def check_output_dir(name: str, field: str = "output_dir") -> None:

@@ -12,8 +12,15 @@ examples:
   your own model, data and reward (a function in my_rewards.py of this folder)
     atlas-rl train --config my.yaml --model_name_or_path ./my-model --dataset_name data.jsonl \\
         --reward_funcs my_rewards.exact_match
-  on four GPUs: launcher flags go to `accelerate launch`, as they do in `trl`
-    atlas-rl train --config my.yaml --num_processes 4 --accelerate_config zero2
+  on two GPUs: launcher flags go to `accelerate launch`, as they do in `trl`
+    atlas-rl train --config my.yaml --accelerate_config multi_gpu --num_processes 2
+  a policy that needs sharding, by DeepSpeed ZeRO-3 (also: zero1, zero2, fsdp2, or a file such as those of configs/accelerate)
+    atlas-rl train --config my.yaml --accelerate_config zero3 --num_processes 8
+  on two machines of 8 GPUs: the same on both, with --machine_rank 1 on the second
+    atlas-rl train --config my.yaml --accelerate_config zero3 --num_processes 16 --num_machines 2 \\
+        --main_process_ip 10.0.0.1 --machine_rank 0
+  go on after a crash, from the newest complete checkpoint of output_dir
+    atlas-rl train --config my.yaml --resume_from_checkpoint latest
 """
 
 from __future__ import annotations
@@ -52,20 +59,26 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     atlas = atlas_config(config.pop("atlas", None), atlas_overrides)
     _export(config.pop("env", None))
 
-    from atlas_rl.cli.checks import check_drafter, check_inputs
+    if not args.launched:  # the process that launched this one has looked at all that already
+        from atlas_rl.cli.checks import check_drafter, check_inputs
 
-    check_inputs({**config, **given_values(overrides)})
-    if atlas.static_drafter is not None:
-        check_drafter(atlas.static_drafter)
+        check_inputs({**config, **given_values(overrides)}, atlas.deterministic)
+        if atlas.static_drafter is not None:
+            check_drafter(atlas.static_drafter)
 
-    from atlas_rl.cli import trl_arguments
+    from atlas_rl.cli import launching
+    from atlas_rl.cli.trl_arguments import Given
 
-    arguments = trl_arguments.parse(args.trainer, config, overrides)
-    if arguments.launch_flags and not args.launched:
+    given = Given.of(args.trainer, config, overrides)
+    if given.launch_flags and not args.launched:
+        launching.check_not_launched(given.launch_flags)
         config_flag = ["--config", args.config] if args.config else []
         atlas_flags = [f"--atlas.{name}={value}" for name, value in atlas_overrides]
-        script = [args.trainer, "--launched", *config_flag, *arguments.script_flags, *atlas_flags]
-        return trl_arguments.launch(arguments.launch_flags, ["train", *script])
+        script = [args.trainer, "--launched", *config_flag, *given.script_flags, *atlas_flags]
+        return launching.launch(given.launch_flags, given.fields, ["train", *script])
+
+    launching.check_process(given.fields)
+    arguments = given.build(launching.join(given.fields))
 
     from atlas_rl.cli.trl_run import train
 

@@ -1,8 +1,7 @@
-"""TRL's own parser and TRL's own way to `accelerate launch`, with errors that name the field and the remedy."""
+"""TRL's own parser, with errors that name the field and the remedy."""
 
 from __future__ import annotations
 
-import subprocess
 import warnings
 from argparse import ArgumentParser
 from dataclasses import dataclass
@@ -24,61 +23,63 @@ class TrlArguments:
     """ModelConfig."""
     mixture: Any
     """DatasetMixtureConfig."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """A YAML and a command line, sorted into TRL's fields and the launcher's flags; nothing is built yet.
+
+    TRL's configs cannot be built in the process that only launches: they check what they are given for one process.
+    """
+
+    trainer: str
+    parser: ArgumentParser
+    argv: list[str]
+    fields: dict[str, Any]
+    """Every field of TRL by its value, or its default."""
     script_flags: list[str]
     """The command line without the launcher's flags."""
     launch_flags: list[str]
     """What belongs to `accelerate launch`, from the command line and the YAML."""
 
+    @classmethod
+    def of(cls, trainer: str, config: dict[str, Any], argv: list[str]) -> Given:
+        """Fields of a YAML (without `atlas` and `env`), overridden by the command line."""
+        parser = import_module(f"trl.scripts.{trainer}").make_parser(prog=f"atlas-rl train {trainer}")
+        parser.allow_abbrev = False
+        parser.error = _raise_value_error
+        names = {action.dest for action in parser._actions}
+        launcher = _launcher_parser()
 
-def parse(trainer: str, config: dict[str, Any], argv: list[str]) -> TrlArguments:
-    """Fields of a YAML (without `atlas` and `env`), overridden by the command line."""
-    parser = import_module(f"trl.scripts.{trainer}").make_parser(prog=f"atlas-rl train {trainer}")
-    parser.allow_abbrev = False
-    parser.error = _raise_value_error
-    fields = {action.dest for action in parser._actions}
-    launcher = _launcher_parser()
-
-    foreign = {name: value for name, value in config.items() if name not in fields}
-    own = {name: value for name, value in config.items() if name in fields}
-    _check_types(parser, own)
-    parser.set_defaults_with_config(**own)
-    # TRL calls transformers by names that are being renamed; the user can do nothing about these warnings
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    try:
-        *groups, remaining = parser.parse_args_into_dataclasses(
-            args=list(argv), return_remaining_strings=True, look_for_args_file=False
+        foreign = {name: value for name, value in config.items() if name not in names}
+        own = {name: value for name, value in config.items() if name in names}
+        _check_types(parser, own)
+        parser.set_defaults_with_config(**own)
+        # TRL calls transformers by names that are being renamed; the user can do nothing about these warnings
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        namespace, remaining = parser.parse_known_args(argv)
+        launch_flags = [*_flags_from_config(foreign, launcher), *remaining]
+        _refuse_unknown(launch_flags, launcher, names)
+        return cls(
+            trainer=trainer,
+            parser=parser,
+            argv=argv,
+            fields=vars(namespace),
+            script_flags=_without(argv, remaining),
+            launch_flags=launch_flags,
         )
-    except TypeError as error:  # a YAML value of a type that the field's dataclass cannot compare or convert
-        raise ValueError(
-            f"a field has a value of the wrong type ({error}): compare with `trl {trainer} --help`"
-        ) from None
 
-    launch_flags = [*_flags_from_config(foreign, launcher), *remaining]
-    _refuse_unknown(launch_flags, launcher, fields)
-    script, training, model, mixture = groups
-    return TrlArguments(
-        script=script,
-        training=training,
-        model=model,
-        mixture=mixture,
-        script_flags=_without(list(argv), remaining),
-        launch_flags=launch_flags,
-    )
-
-
-def launch(launch_flags: list[str], script: list[str]) -> int:
-    """Run `atlas-rl <script>` under `accelerate launch`; the exit code is the script's own."""
-    from accelerate.commands.launch import launch_command, launch_command_parser
-    from trl.cli.accelerate_config import resolve_accelerate_config_argument
-
-    flags = resolve_accelerate_config_argument(launch_flags)
-    parser = launch_command_parser()
-    parser.error = _raise_value_error
-    try:
-        launch_command(parser.parse_args([*flags, "--module", "atlas_rl", *script]))
-    except subprocess.CalledProcessError as error:
-        return error.returncode
-    return 0
+    def build(self, flags: list[str]) -> TrlArguments:
+        """TRL's configs, with `flags` over what was given. Those of several processes meet here for the first time."""
+        try:
+            script, training, model, mixture, _ = self.parser.parse_args_into_dataclasses(
+                args=[*self.argv, *flags], return_remaining_strings=True, look_for_args_file=False
+            )
+        except TypeError as error:  # a YAML value of a type that the field's dataclass cannot compare or convert
+            raise ValueError(
+                f"a field has a value of the wrong type ({error}): compare with `trl {self.trainer} --help`"
+            ) from None
+        return TrlArguments(script=script, training=training, model=model, mixture=mixture)
 
 
 def _check_types(parser: ArgumentParser, values: dict[str, Any]) -> None:

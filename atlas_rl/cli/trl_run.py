@@ -12,16 +12,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from atlas_rl.cli.checks import DATASET_BUILDERS
+from atlas_rl.checkpoints import check_saving, last_complete_checkpoint
+from atlas_rl.cli.checks import DATASET_BUILDERS, resume_choice
 from atlas_rl.cli.progress import CompactProgress
 from atlas_rl.cli.trl_arguments import TrlArguments
 from atlas_rl.config import AtlasConfig
+from atlas_rl.ranks import Ranks
 from atlas_rl.telemetry.summary import summarize_run
 
 
 def train(arguments: TrlArguments, atlas: AtlasConfig) -> None:
-    trainer = build_trainer(arguments, atlas)
     training = arguments.training
+    check_saving(training, atlas.deterministic)
+    training.resume_from_checkpoint = checkpoint_to_resume(training)
+    trainer = build_trainer(arguments, atlas)
     log_path = Path(atlas.log_path or Path(training.output_dir) / "rollouts.jsonl")
     try:
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
@@ -34,6 +38,21 @@ def train(arguments: TrlArguments, atlas: AtlasConfig) -> None:
     report(trainer, log_path)
     if hasattr(trainer, "end"):  # transformers >= 5.18: finishes trackers, destroys the process group
         trainer.end()
+
+
+def checkpoint_to_resume(training: Any) -> str | None:
+    """The one that was named, or the newest complete one, as rank 0 sees it."""
+    choice = resume_choice(training.resume_from_checkpoint)
+    if not isinstance(choice, bool):
+        return choice
+    if not choice:
+        return None
+    ranks = Ranks.of_run()
+    found = last_complete_checkpoint(training.output_dir) if ranks.rank == 0 else None
+    found = ranks.from_first(None if found is None else str(found))
+    if ranks.rank == 0:
+        print(f"Resuming from {found}" if found else f"No complete checkpoint in {training.output_dir}: starting anew")
+    return found
 
 
 def report(trainer: Any, log_path: Path) -> None:

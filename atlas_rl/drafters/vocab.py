@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+import torch
+
+from atlas_rl.ranks import Ranks
 
 COVERAGE = 0.9999
 """Share of recent tokens that the vocabulary has to hold; a token outside it costs the rest of a draft."""
@@ -13,6 +16,8 @@ MIN_TOKENS = 16_000
 HALF_LIFE_TOKENS = 200_000.0
 MULTIPLE = 32
 """Ids are rounded up to the width of a packed product."""
+GRID = 2.0**16
+"""Steps per count at the least, to which counts are rounded where ranks have to agree on them: sums are exact then."""
 
 
 class DraftVocabulary:
@@ -25,6 +30,8 @@ class DraftVocabulary:
     def __init__(self, size: int) -> None:
         self.size = size
         self.counts_V = np.zeros(size)
+        self.untold_V = np.zeros(size)
+        """Of these, what other ranks do not know of."""
         self.ids = np.arange(size)
         """[n] int64, sorted."""
 
@@ -36,7 +43,22 @@ class DraftVocabulary:
 
     def count(self, completions: Iterable[list[int]]) -> None:
         tokens = np.concatenate([np.array(ids, np.int64) for ids in completions])
-        self.counts_V += np.bincount(tokens, minlength=self.size)
+        counts_V = np.bincount(tokens, minlength=self.size)
+        self.counts_V += counts_V
+        self.untold_V += counts_V
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Count what any rank has counted since the last time; collective."""
+        if ranks.size > 1:
+            total_V = torch.from_numpy(self.untold_V.copy())
+            ranks.add_up([total_V])
+            self.counts_V += total_V.numpy() - self.untold_V
+            self.counts_V = np.floor(self.counts_V * GRID) / GRID
+        self.untold_V[:] = 0
+
+    def load(self, counts_V: np.ndarray, ids: np.ndarray) -> None:
+        self.counts_V, self.ids = counts_V.copy(), ids.copy()
+        self.untold_V[:] = 0
 
     def choose(self) -> None:
         total = self.counts_V.sum()

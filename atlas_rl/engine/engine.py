@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
@@ -91,11 +93,10 @@ class RolloutEngine:
         self.between_rollouts: Callable[[RolloutEngine, bool], None] | None = None
         """Called before each rollout, with whether the weights have changed: what retrains drafters."""
         self.traffic = Traffic()
-        self.num_rows = 0
         self.weights_changed = False
         """Set by whoever knows that the weights have changed; changes that show in them are found without it."""
-        self.unbilled_seconds = 0.0
-        """What building the view took: the next rollout's time, counted as its refresh."""
+        self.unbilled: Counter[str] = Counter()
+        """Seconds that were spent on the next rollout before it began, by what on."""
 
     def refresh(self) -> None:
         """Take over the trainer's weights if they have changed since the last rollout."""
@@ -121,21 +122,20 @@ class RolloutEngine:
             FloatingPointError: the policy's logits are not finite.
         """
         self.stats = RolloutStats(num_completions=len(requests))
-        if not requests:
-            return []
-        start = time.perf_counter() - self.unbilled_seconds
-        self.stats.seconds["refresh"] = self.unbilled_seconds
-        self.unbilled_seconds = 0.0
-        requests = self._checked(requests)
+        start = time.perf_counter() - self.unbilled.total()
+        self.stats.seconds.update(self.unbilled)
+        self.unbilled.clear()
+        requests = self.checked(requests)
         sequences = self._make_sequences(requests, sampling)
         groups = self._group(sequences)
         self.stats.num_prompts = len(groups)
         self.stats.prompt_tokens = sum(len(group.sequences[0].prompt_ids) for group in groups)
         with on(self.view.device):
             try:
-                self.refresh()
-                self.wake(groups, sampling)
-                while not self.scheduler.is_done:
+                self.refresh()  # also for no request at all: other ranks may be waiting to retrain together
+                if groups:
+                    self.wake(groups, sampling)
+                while self.scheduler is not None and not self.scheduler.is_done:
                     self._step()
             finally:
                 self._finish(sequences, start)
@@ -222,12 +222,11 @@ class RolloutEngine:
         self.traffic.seconds += sum(stats.seconds[name] for name in ("draft", "verify", "sample"))
         stats.seconds["total"] = time.perf_counter() - start
         if self.speculator.drafters:
-            stats.plain_seconds_estimate = sum(
-                (stats.seconds["prefill"], stats.seconds["refresh"], plain_decode_seconds)
-            )
+            others = sum(stats.seconds[name] for name in ("prefill", "refresh", "exchange"))
+            stats.plain_seconds_estimate = others + plain_decode_seconds
 
-    def _checked(self, requests: list[RolloutRequest]) -> list[RolloutRequest]:
-        """The requests, with lengths cut to what the model was made for."""
+    def checked(self, requests: list[RolloutRequest]) -> list[RolloutRequest]:
+        """The requests, with lengths cut to what the model was made for; raises as `generate` does for those it refuses."""
         limit, vocab_size = self.view.max_len, self.view.model.get_input_embeddings().weight.shape[0]
         checked = []
         for index, request in enumerate(requests):
@@ -251,10 +250,9 @@ class RolloutEngine:
         return checked
 
     def _make_sequences(self, requests: list[RolloutRequest], sampling: SamplingParams) -> list[Sequence]:
-        sequences = [Sequence(request, self.num_rows + i, i) for i, request in enumerate(requests)]
+        sequences = [Sequence(request, next(_row_ids), i) for i, request in enumerate(requests)]
         for seq in sequences:
             seq.noise_seed = None if sampling.is_greedy else seq.request.seed
-        self.num_rows += len(requests)
         if sampling.repetition_penalty != 1:
             for seq in sequences:
                 seq.seen_V = torch.zeros(self.view.vocab_size, dtype=torch.bool, device=self.view.device)
@@ -280,6 +278,8 @@ def last_places(sequences: list[Sequence], chunks: list[PrefillChunk]) -> np.nda
     return np.array([places.get(seq.row_id, -1) for seq in sequences], np.int64)
 
 
+_row_ids = count()
+"""Of all engines."""
 _warned: set[str] = set()
 
 

@@ -79,7 +79,7 @@ class PolicyView:
         self.tap_handles: list[torch.utils.hooks.RemovableHandle] = []
         with on(self.device):
             self._build(pack_linears)
-            self.fingerprint = self._fingerprint()
+            self.fingerprint = fingerprint(self.model.parameters())
 
     def _build(self, pack_linears: bool) -> None:
         """The twin, and its Linears or layers in the form that decodes fastest here."""
@@ -140,10 +140,10 @@ class PolicyView:
 
     def refresh(self, force: bool = False) -> bool:
         """Take over the trainer's weights if they have changed; shared tensors need nothing. Returns whether they had."""
-        fingerprint = self._fingerprint()
-        if fingerprint == self.fingerprint and not force:
+        now = fingerprint(self.model.parameters())
+        if now == self.fingerprint and not force:
             return False
-        self.fingerprint = fingerprint
+        self.fingerprint = now
         with torch.no_grad():
             for linear in self._copies():
                 linear.refresh()
@@ -226,17 +226,18 @@ class PolicyView:
                 if fits(child):
                     setattr(parent, name, make(child).eval())
 
-    def _fingerprint(self) -> list[int]:
-        """Changes whenever the weights do: version counters catch optimizers, sums of the bits what goes through `.data`."""
-        parameters = [p.detach() for p in self.model.parameters()]
-        versions = [0 if p.is_inference() else p._version for p in parameters]
-        places = [p.data_ptr() for p in parameters]  # kernels read some of them where they are
-        sums = [p.view(INTEGERS[p.element_size()]).sum(dtype=torch.int64) for p in parameters]
-        return versions + places + torch.stack(sums).tolist()
-
 
 def _leave_output(layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     kwargs["atlas"].tapped[layer] = (output[0] if isinstance(output, tuple) else output)[0]
+
+
+def fingerprint(parameters: Iterable[torch.Tensor]) -> list[int]:
+    """Changes whenever the weights do: version counters catch optimizers, sums of the bits what goes through `.data`."""
+    parameters = [p.detach() for p in parameters]
+    versions = [0 if p.is_inference() else p._version for p in parameters]
+    places = [p.data_ptr() for p in parameters]  # kernels read some of them where they are
+    sums = [p.view(INTEGERS[p.element_size()]).sum(dtype=torch.int64) for p in parameters]
+    return versions + places + torch.stack(sums).tolist()
 
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

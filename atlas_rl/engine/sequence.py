@@ -19,7 +19,7 @@ class Sequence:
 
     request: RolloutRequest
     row_id: int
-    """Unique over the life of the engine; what drafters know the sequence by."""
+    """Unique in this process; what drafters, which outlive an engine, know the sequence by."""
     index: int
     """Place in the caller's order."""
     output_ids: list[int] = field(default_factory=list)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from atlas_rl.engine import attention
 from atlas_rl.engine.batch import ForwardBatch
@@ -68,15 +68,31 @@ def build_twin(model: PreTrainedModel, attn_implementation: str, sliding_window:
     text_config = config.get_text_config(decoder=True)
     if sliding_window is not None and getattr(text_config, "sliding_window", None):
         text_config.sliding_window = sliding_window
+    twin = blank_model(type(model), config)
+    adopt(twin, dict(model.named_modules()))
+    return twin.eval()
+
+
+def blank_model(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """A model of this class on the meta device: structure without memory."""
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            twin = type(model)(config)
+            return kind(config)
     except TypeError as error:
-        raise UnsupportedModel(f"{type(model).__name__} is not built from its config alone ({error})") from None
-    sources = dict(model.named_modules())
-    ours = dict(twin.named_modules())
-    for name in sources.keys() | ours.keys():
-        if not _same_kind(sources.get(name), ours.get(name)):
+        raise UnsupportedModel(f"{kind.__name__} is not built from its config alone ({error})") from None
+
+
+def adopt(
+    blank: PreTrainedModel, sources: Mapping[str, nn.Module], kind_of: Callable[[nn.Module], type] = type
+) -> None:
+    """Give a blank model the tensors of modules that stand for its own, by name.
+
+    Args:
+        kind_of: what a source counts as, where its class is a variant of what the config describes.
+    """
+    ours = dict(blank.named_modules())
+    for name in sorted(sources.keys() | ours.keys()):
+        if not _same_kind(sources.get(name), ours.get(name), kind_of):
             raise UnsupportedModel(f"its module {name or 'itself'} is not what its config describes (an adapter?)")
     for name, module in ours.items():
         source = sources[name]
@@ -87,8 +103,7 @@ def build_twin(model: PreTrainedModel, attn_implementation: str, sliding_window:
         ):  # a rotary embedding keeps its original frequencies as a plain attribute
             if isinstance(value, torch.Tensor) and value.is_meta:
                 setattr(module, key, getattr(source, key))
-    assert not any(t.is_meta for t in [*twin.parameters(), *twin.buffers()])
-    return twin.eval()
+    assert not any(t.is_meta for t in [*blank.parameters(), *blank.buffers()])
 
 
 @torch.inference_mode()
@@ -179,9 +194,11 @@ def scale_logits(logits: torch.Tensor, config) -> torch.Tensor:
     return logits if not softcap else torch.tanh(logits / softcap) * softcap
 
 
-def _same_kind(source: nn.Module | None, ours: nn.Module | None) -> bool:
+def _same_kind(source: nn.Module | None, ours: nn.Module | None, kind_of: Callable[[nn.Module], type]) -> bool:
     return (
-        type(source) is type(ours)
+        source is not None
+        and ours is not None
+        and kind_of(source) is type(ours)
         and source._parameters.keys() == ours._parameters.keys()
         and source._buffers.keys() == ours._buffers.keys()
     )

@@ -80,6 +80,28 @@ def bypass(args: Any | None) -> str | None:
     return next((name for name in names if getattr(args, name, False)), None)
 
 
+def calls_are_equal(args: Any | None) -> bool:
+    """Whether a trainer's ranks all generate at the same steps: where `lmbda` is a chance, each may draw for itself."""
+    return not 0 < getattr(args, "lmbda", 1.0) < 1
+
+
+class GatheringOption:
+    """`ds3_gather_for_generation` of a trainer's arguments: off until `restore`, as Atlas gathers what it needs itself.
+
+    TRL would hold all of a ZeRO-3 policy in memory around each call, and gathering again within that is an error.
+    """
+
+    def __init__(self, args: Any | None) -> None:
+        self.args = args if getattr(args, "ds3_gather_for_generation", False) else None
+        if self.args is not None:
+            self.args.ds3_gather_for_generation = False
+
+    def restore(self) -> None:
+        if self.args is not None:
+            self.args.ds3_gather_for_generation = True
+            self.args = None
+
+
 class CheckpointingFlags:
     """Which modules recompute their activations, and how.
 
@@ -101,9 +123,13 @@ class CheckpointingFlags:
             vars(module).update(values)
 
 
-def autocast_dtype(model: PreTrainedModel, args: Any | None) -> torch.dtype | None:
-    """The dtype that the trainer's forward autocasts to: accelerate wraps `forward` under mixed precision, or a context is on."""
-    if args is not None and "_original_forward" in vars(model):
+def autocast_dtype(model: PreTrainedModel, wrapper: nn.Module, args: Any | None) -> torch.dtype | None:
+    """The dtype that the trainer's forward autocasts to: accelerate wraps `forward` under mixed precision, or a context is on.
+
+    Args:
+        wrapper: what the trainer holds: the model, or what has it inside. Accelerate may have wrapped either.
+    """
+    if args is not None and any("_original_forward" in vars(module) for module in (model, wrapper)):
         return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     device_type = model.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

@@ -50,7 +50,13 @@ class RolloutStats:
     """Each distinct prompt counted once: it is prefilled once."""
     completion_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """`total` and its parts: prefill, draft, verify, sample, refresh, retrain."""
+    """`total` and its parts: prefill, draft, verify, sample, refresh, retrain, and between ranks exchange."""
+    rank_idle_seconds: float | None = None
+    """That this rank waited for the slowest at the end of a rollout; None where ranks did not meet."""
+    tokens_of_all_ranks: int = 0
+    """Completion tokens of a rollout at whose end ranks met; 0 where they did not."""
+    moved_samples: int = 0
+    """Completions that were made on another rank than the one that asked for them, over all ranks."""
     device_seconds: float = 0.0
     """That captured decode steps took on the device; the rest of their time it waited for the host."""
     decode_steps: int = 0
@@ -84,6 +90,8 @@ class RolloutStats:
                 "decode_steps",
                 "row_steps",
                 "preemptions",
+                "moved_samples",
+                "tokens_of_all_ranks",
             ):
                 setattr(result, name, getattr(result, name) + getattr(part, name))
             for name, seconds in part.seconds.items():
@@ -100,10 +108,19 @@ class RolloutStats:
             result.draft_vocabulary = part.draft_vocabulary or result.draft_vocabulary
             if part.retrain is not None:
                 result.retrain = RetrainStats.total(r for r in (result.retrain, part.retrain) if r is not None)
+            if part.rank_idle_seconds is not None:
+                result.rank_idle_seconds = (result.rank_idle_seconds or 0.0) + part.rank_idle_seconds
             estimates.append(part.plain_seconds_estimate)
         if estimates and None not in estimates:
             result.plain_seconds_estimate = sum(estimates)
         return result
+
+    def bill(self, part: str, seconds: float) -> None:
+        """Add time that was spent after the rollout, and would have been without drafts as well."""
+        self.seconds[part] += seconds
+        self.seconds["total"] += seconds
+        if self.plain_seconds_estimate is not None:
+            self.plain_seconds_estimate += seconds
 
     def add_depths(self, proposed: list[int], accepted: list[int]) -> None:
         missing = len(proposed) - len(self.proposed_by_depth)
@@ -129,6 +146,9 @@ class RolloutStats:
         }
         if self.device_seconds:
             row["device_seconds"] = round(self.device_seconds, 6)
+        if self.rank_idle_seconds is not None:
+            row["rank_idle_s"] = round(self.rank_idle_seconds, 6)
+            row["moved_samples"] = self.moved_samples
         if total > 0 and self.completion_tokens:
             row["tokens_per_s"] = self.completion_tokens / total
         if self.row_steps:

@@ -13,6 +13,7 @@ from helpers import MODELS, VOCAB_SIZE, make_engine, make_requests, tiny_llama
 from atlas_rl.bench.wrong_drafters import RandomDrafter
 from atlas_rl.config import AtlasConfig, EngineConfig
 from atlas_rl.drafters.base import Drafts
+from atlas_rl.drafters.suffix import SuffixDrafter
 from atlas_rl.engine.engine import _warned
 from atlas_rl.types import SamplingParams
 
@@ -245,3 +246,13 @@ def test_an_overpromising_drafter_is_soon_left_alone():
     engine.generate(requests, SamplingParams())
     later = engine.stats.drafters["random"].steps if engine.stats.drafters else 0
     assert first < 60 and later < 20, (first, later)
+
+
+def test_a_drafter_tells_rows_of_its_second_engine_from_those_of_its_first():
+    """A run that ends drops its engine; what drafters have learned outlives it."""
+    model, drafter = tiny_llama(), SuffixDrafter()
+    for _ in range(2):
+        engine = make_engine(model, AtlasConfig(), drafter)
+        for seed in range(2):
+            engine.generate(make_requests(2, 4, seed=seed), SamplingParams())
+        assert not engine.controller.benched

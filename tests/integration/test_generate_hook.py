@@ -241,18 +241,27 @@ def test_explicit_none_overrides_the_models_default(model):
         assert atlas.stats.num_completions == 3
 
 
-def test_adapters_fall_back(caplog):
+def test_adapters_are_merged_for_decoding_and_nowhere_else():
     peft = pytest.importorskip("peft")
     for adapter in (
-        peft.LoraConfig(target_modules=["q_proj"]),
-        peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+        peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False),
+        peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[], init_ia3_weights=False),
     ):
-        wrapped = peft.get_peft_model(tiny_llama(), adapter)
+        wrapped = peft.get_peft_model(tiny_llama(torch.float64), adapter)
+        before = {name: value.clone() for name, value in wrapped.state_dict().items()}
         expected = wrapped.generate(**BATCH, **OPTIONS, do_sample=False)
         with AtlasRolloutGenerator().attach(wrapped) as atlas:
             assert torch.equal(wrapped.generate(**BATCH, **OPTIONS, do_sample=False), expected)
-            assert atlas.stats.num_completions == 0
-    assert sum("an adapter?" in record.message for record in caplog.records) == 2
+            assert atlas.stats.num_completions == 3
+            with torch.no_grad():
+                for parameter in wrapped.parameters():
+                    if parameter.requires_grad:
+                        parameter.mul_(-3)
+            changed = wrapped.generate(**BATCH, **OPTIONS, do_sample=False)
+            assert atlas.stats.num_completions == 3 and not torch.equal(changed, expected)
+            before |= {n: p.detach().clone() for n, p in wrapped.named_parameters() if p.requires_grad}
+        assert torch.equal(wrapped.generate(**BATCH, **OPTIONS, do_sample=False), changed)
+        assert all(torch.equal(value, before[name]) for name, value in wrapped.state_dict().items())
 
 
 def test_only_models_and_trainers_are_taken():

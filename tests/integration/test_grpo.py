@@ -82,8 +82,8 @@ def completions_of(atlas: AtlasRolloutGenerator) -> list[list]:
     calls: list[list] = []
     ready_engine = atlas.attachment.ready_engine
 
-    def recording_engine():
-        engine = ready_engine()
+    def recording_engine(*args):
+        engine = ready_engine(*args)
         generate = type(engine).generate
 
         def recorded(requests, sampling):

@@ -105,9 +105,10 @@ def test_dataset_saved_to_disk(run_dir):
     """`save_to_disk` folders are what `datasets` users have; `load_dataset` alone does not read them."""
     from datasets import Dataset
 
-    from atlas_rl.cli import trl_arguments, trl_run
+    from atlas_rl.cli import trl_run
+    from atlas_rl.cli.trl_arguments import Given
 
     Dataset.from_list([{"prompt": "1 + 1 ="}] * 4).save_to_disk(str(run_dir / "saved"))
     flags = ["--dataset_name", "saved", "--output_dir", "out", "--use_cpu", "--bf16", "false"]
-    train_dataset, eval_dataset = trl_run.load_datasets(trl_arguments.parse("grpo", {}, flags))
+    train_dataset, eval_dataset = trl_run.load_datasets(Given.of("grpo", {}, flags).build([]))
     assert len(train_dataset) == 4 and eval_dataset is None

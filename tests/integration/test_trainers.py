@@ -18,27 +18,15 @@ from recipes import (
     RECIPES,
     SAMPLES_FOR_THE_LOG,
     make_trainer,
+    marks,
     online_trainers,
     rollout_rows,
 )
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
 from atlas_rl import AtlasConfig, AtlasRolloutGenerator
 
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
-
-
-def marks(model: PreTrainedModel) -> dict:
-    """What a generator could leave behind on a model, beside its weights."""
-    return {
-        "attributes": sorted(vars(model)),
-        "attention": model.config._attn_implementation,
-        "dtypes": [p.dtype for p in model.parameters()],
-        "requires_grad": [p.requires_grad for p in model.parameters()],
-        "training": [m.training for m in model.modules()],
-        "checkpointing": [getattr(m, "gradient_checkpointing", None) for m in model.modules()],
-        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
-    }
 
 
 def test_every_trainer_that_generates_is_known_here():
@@ -108,7 +96,7 @@ def test_an_interrupted_evaluation_before_the_first_step_leaves_checkpointing_on
         "GRPOTrainer", tiny_policy, tmp_path, [atlas], eval_on_start=True, gradient_checkpointing=True
     )
 
-    def interrupted(*args):
+    def interrupted(*args, **kwargs):
         assert not trainer.model.model.gradient_checkpointing, "TRL has it off around generate"
         raise KeyboardInterrupt
 

@@ -209,10 +209,10 @@ def test_values_are_found_in_every_spelling():
 
 def test_launcher_flags_go_to_accelerate(config, monkeypatch):
     """`--num_processes` is no field of TRL: the run goes through the launcher, with everything else passed on."""
-    from atlas_rl.cli import trl_arguments
+    from atlas_rl.cli import launching
 
     launched = []
-    monkeypatch.setattr(trl_arguments, "launch", lambda flags, script: launched.append((flags, script)) or 0)
+    monkeypatch.setattr(launching, "launch", lambda flags, fields, script: launched.append((flags, script)) or 0)
     config.write_text(config.read_text() + "mixed_precision: 'no'\nmulti_gpu: false\n")
     argv = ["train", "--config", str(config), "--max_steps", "2", "--num_processes", "2", "--atlas.lookahead", "3"]
     assert main([*argv, "--logging_steps", "2"]) == 0
@@ -243,6 +243,7 @@ def test_doctor_names_what_it_looked_at(capsys):
     text = capsys.readouterr().out
     assert all(name in text for name in ("torch", "transformers", "trl", "engine"))
     assert code == 0, text
+    assert "distributed" in text and "gloo" in text
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "all"])

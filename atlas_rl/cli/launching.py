@@ -1,0 +1,318 @@
+"""Several processes: `accelerate launch` as TRL's command line uses it, checked before it starts, and what a process that it (or
+torchrun, or srun) has started needs where there is no accelerator.
+
+On such a machine accelerate takes every process for the only one, unless it is told a backend; under DeepSpeed it must not be
+told to use the CPU (that would switch DeepSpeed off); and FSDP it offers to accelerators alone. `join` sets all that.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+from atlas_rl.cli import did_you_mean
+from atlas_rl.config import read_yaml
+
+INTERRUPTED = 130
+
+
+# ---- in the process that launches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """What `accelerate launch` is asked for, by flags and by its config file."""
+
+    flags: list[str]
+    options: Any
+    """`flags`, parsed by accelerate."""
+    file: dict[str, Any]
+    """The config file's fields; empty where there is none."""
+    file_name: str
+    is_preset: bool
+    """The file is one of TRL's, whose number of processes is an example."""
+
+    @classmethod
+    def of(cls, flags: list[str]) -> Launch:
+        flags = _one_word_each(flags)
+        path, is_preset = None, False
+        if "--accelerate_config" in flags:
+            index = flags.index("--accelerate_config")
+            path, is_preset = find_accelerate_config(flags[index + 1])
+            flags = ["--config_file", path, *flags[:index], *flags[index + 2 :]]
+        options = _parse(flags, [])
+        return cls(flags=flags, options=options, file=read_config(options), file_name=path or "", is_preset=is_preset)
+
+    def __getitem__(self, name: str) -> Any:
+        """A flag's value, or else the file's; None where neither has it."""
+        given = getattr(self.options, name)
+        return self.file.get(name) if given is None else given
+
+    @property
+    def kind(self) -> str:
+        """deepspeed, fsdp, or plain (DDP, one process)."""
+        named = str(self.file.get("distributed_type", "")).lower()
+        for kind in ("deepspeed", "fsdp"):
+            if getattr(self.options, f"use_{kind}") or (named == kind and not self.options.multi_gpu):
+                return kind
+        return "plain"
+
+    @property
+    def num_machines(self) -> int:
+        return int(self["num_machines"] or 1)
+
+    @property
+    def num_processes(self) -> int:
+        """On all machines. Where nothing says how many: one per accelerator, as accelerate does."""
+        given = self.options.num_processes if self.is_preset else self["num_processes"]
+        if given is None and self.is_preset and not num_accelerators():
+            raise ValueError(
+                f"num_processes is missing: {Path(self.file_name).stem} would start {self.file.get('num_processes')}, and this "
+                "machine has no accelerators to count. Give --num_processes, for instance 2"
+            )
+        return int(given) if given is not None else max(1, num_accelerators()) * self.num_machines
+
+
+def launch(flags: list[str], fields: dict[str, Any], script: list[str]) -> int:
+    """Run `atlas-rl <script>` under `accelerate launch`. The exit code is that of its processes: 2 if one says bad input."""
+    from accelerate.commands.launch import launch_command
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    plan = Launch.of(flags)
+    check(plan, fields)
+    if plan.options.cpu:
+        script = [*script, "--use_cpu", "true"]
+    try:
+        launch_command(_parse(accelerate_flags(plan, fields), script))
+    except subprocess.CalledProcessError as error:  # one process
+        return error.returncode
+    except ChildFailedError as error:  # several; those that are ended because one failed have negative codes
+        codes = [failure.exitcode for failure in error.failures.values()]
+        rank, failure = error.get_first_failure()
+        if max(codes) not in (2, INTERRUPTED):
+            print(f"atlas-rl: rank {rank} ended with exit code {failure.exitcode}", file=sys.stderr)
+        return max(1, *codes)
+    except SignalException:
+        return INTERRUPTED
+    return 0
+
+
+def check(plan: Launch, fields: dict[str, Any]) -> None:
+    """What would otherwise fail in every process, after its libraries are loaded, or hang."""
+    here, machines, processes = num_accelerators(), plan.num_machines, plan.num_processes
+    uses_cpu = not here or plan.options.cpu or is_true(fields.get("use_cpu"))
+    if processes % machines:
+        raise ValueError(
+            f"num_processes: {processes} cannot be shared evenly by num_machines {machines}: count all of them"
+        )
+    if not uses_cpu and processes // machines > here:
+        raise ValueError(
+            f"num_processes: {processes // machines} on this machine, which has {here} accelerators: "
+            f"give --num_processes {here * machines}"
+        )
+    if machines > 1 and (plan["main_process_ip"] is None or (plan.options.machine_rank is None and _shares_rank(plan))):
+        raise ValueError(
+            f"num_machines is {machines}: every machine needs --main_process_ip (the address of the first one) and its own "
+            "--machine_rank, 0 on the first one, 1 on the second …"
+        )
+    if plan.kind == "deepspeed" or fields.get("deepspeed"):
+        check_deepspeed_installed("accelerate_config" if plan.file_name else "deepspeed")
+    version = plan.options.fsdp_version
+    version = plan.file.get("fsdp_config", {}).get("fsdp_version", 1) if version in (None, "1", 1) else version
+    if plan.kind == "fsdp" and str(version) != "2":
+        raise ValueError(
+            "fsdp_version is 1: Atlas serves FSDP2. Set fsdp_version: 2 in fsdp_config, or choose fsdp2 or zero3"
+        )
+    check_batch(fields, processes)
+
+
+def check_batch(fields: dict[str, Any], num_processes: int) -> None:
+    """TRL's own rule; TRL says it with names that nobody has set, once per process."""
+    names = ("per_device_train_batch_size", "num_generations")
+    if fields.get("generation_batch_size") is not None or not all(isinstance(fields.get(name), int) for name in names):
+        return
+    rows, samples = (fields[name] for name in names)
+    steps = fields.get("steps_per_generation") or fields.get("gradient_accumulation_steps") or 1
+    if (rows * num_processes * int(steps)) % samples:
+        raise ValueError(
+            f"per_device_train_batch_size {rows} x {num_processes} process{'es' * (num_processes > 1)} x {steps} "
+            f"step{'s' * (steps > 1)} per generation must be divisible by num_generations ({samples}), so that every prompt gets "
+            "all of its completions: change one of them, or set steps_per_generation"
+        )
+
+
+def check_deepspeed_installed(field: str) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(f"{field}: DeepSpeed is not installed: pip install 'atlas-rl[deepspeed]'")
+
+
+def accelerate_flags(plan: Launch, fields: dict[str, Any]) -> list[str]:
+    """Of the plan, with what accelerate would get wrong or ask for."""
+    flags, num_processes = list(plan.flags), plan.num_processes
+    if plan.options.num_processes is None:
+        flags += ["--num_processes", str(num_processes)]
+    uses_cpu = plan.options.cpu or is_true(fields.get("use_cpu")) or not num_accelerators()
+    if plan.kind == "plain" and uses_cpu and num_processes > 1:  # by itself it would start one process, or look for MPI
+        flags = [flag for flag in flags if flag not in ("--cpu", "--multi_gpu")] + ["--multi_gpu"]
+    if plan.num_machines > 1:
+        if plan.kind == "deepspeed" and not plan.file.get("deepspeed_config", {}).get("deepspeed_multinode_launcher"):
+            flags += ["--deepspeed_multinode_launcher", plan.options.deepspeed_multinode_launcher or "standard"]
+    elif plan["main_process_port"] is None:
+        flags += ["--main_process_port", "0"]  # a free one: other runs of this machine have theirs
+    return flags
+
+
+def find_accelerate_config(name: str) -> tuple[str, bool]:
+    """The path of a file, or of one of TRL's presets; and whether it is a preset."""
+    presets = {path.stem: path for path in (Path(_trl_folder()) / "accelerate_configs").glob("*.yaml")}
+    if Path(name).is_file():
+        return name, False
+    if name in presets:
+        return str(presets[name]), True
+    if Path(name).suffix or os.sep in name:
+        raise ValueError(
+            f"accelerate_config: the file {name} does not exist: check the path, or give one of {', '.join(presets)}"
+        )
+    raise ValueError(
+        f"accelerate_config: {name!r} is no file and no known name{did_you_mean(name, presets)} "
+        f"(names: {', '.join(sorted(presets))})"
+    )
+
+
+def read_config(options: Any) -> dict[str, Any]:
+    """The accelerate config that these options lead to, if any, as accelerate itself reads it."""
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+
+    path = options.config_file or (default_config_file if os.path.isfile(default_config_file) else None)
+    if path is None:
+        return {}
+    try:
+        values = read_yaml(path)
+        load_config_from_file(path)
+    except (ValueError, TypeError) as error:  # TypeError: a field that its dataclass lacks
+        raise ValueError(f"accelerate_config: {error} (in {path})") from None
+    return {name: {} if value is None and name.endswith("_config") else value for name, value in values.items()}
+
+
+def num_accelerators() -> int:
+    import torch
+
+    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+
+
+def is_true(value: Any) -> bool:
+    return str(value).lower() in ("true", "1", "yes", "[]")  # [] is a bare --flag
+
+
+def _shares_rank(plan: Launch) -> bool:
+    """The file names no rank, or is one of TRL's, where it is 0 on every machine."""
+    return plan.is_preset or plan.file.get("machine_rank") is None
+
+
+def _trl_folder() -> str:
+    return importlib.util.find_spec("trl").submodule_search_locations[0]
+
+
+def _parse(flags: list[str], script: list[str]) -> Any:
+    from accelerate.commands.launch import launch_command_parser
+
+    parser = launch_command_parser()
+    parser.error = _raise_value_error
+    return parser.parse_args([*flags, "--module", "atlas_rl", *script])
+
+
+def _one_word_each(flags: list[str]) -> list[str]:
+    """`--name=value` as two words."""
+    return [word for flag in flags for word in (flag.split("=", 1) if flag.startswith("--") else [flag])]
+
+
+def _raise_value_error(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+# ---- in a process that was launched
+
+
+def is_launched() -> bool:
+    return "LOCAL_RANK" in os.environ
+
+
+def check_not_launched(launch_flags: list[str]) -> None:
+    if is_launched():
+        raise ValueError(
+            f"{launch_flags[0].lstrip('-')} is for `accelerate launch`, but this process was started by a launcher already "
+            "(torchrun?): leave it out, or start with `atlas-rl train`"
+        )
+
+
+def check_process(fields: dict[str, Any]) -> None:
+    """Before this process, launched or not, builds the trainer's config."""
+    check_batch(fields, int(os.environ.get("WORLD_SIZE", "1")))
+    if fields.get("deepspeed"):
+        check_deepspeed_installed("deepspeed")
+    for field in ("deepspeed", "fsdp"):
+        if fields.get(field) and not is_launched():
+            raise ValueError(
+                f"{field}: it needs processes that a launcher starts: add --num_processes 2 (or more), or use torchrun"
+            )
+
+
+def join(fields: dict[str, Any]) -> list[str]:
+    """Before a launched process builds the trainer's config: flags to set over `fields`, so that it runs without accelerators."""
+    if not is_launched():
+        return []
+    uses_deepspeed = bool(fields.get("deepspeed")) or is_true(os.environ.get("ACCELERATE_USE_DEEPSPEED"))
+    uses_fsdp = not uses_deepspeed and (bool(fields.get("fsdp")) or is_true(os.environ.get("ACCELERATE_USE_FSDP")))
+    if num_accelerators():
+        if uses_deepspeed and is_true(fields.get("use_cpu")):
+            raise ValueError("use_cpu: true switches DeepSpeed off: leave it out, or run without DeepSpeed")
+        return []
+    if not (uses_deepspeed or uses_fsdp):
+        _say("DDP over gloo (use_cpu: true, ddp_backend: gloo)")
+        return ["--use_cpu", "true", "--ddp_backend", "gloo"]
+    if fields.get("accelerator_config"):
+        raise ValueError(
+            "accelerator_config: leave it out on a machine without accelerators, where Atlas has to set it"
+        )
+    timeout = timedelta(seconds=int(fields.get("ddp_timeout") or 1800))
+    configured = ["--accelerator_config", '{"use_configured_state": true}']
+    if uses_fsdp:
+        _join_fsdp(timeout)
+        _say("FSDP over gloo (use_cpu: true)")
+        return [*configured, "--use_cpu", "true"]
+    if is_true(fields.get("bf16")):
+        raise ValueError("bf16: the trainer refuses it under DeepSpeed without an accelerator: set bf16: false")
+    _join_deepspeed(timeout)
+    _say("DeepSpeed over gloo, in float32 (use_cpu: false, bf16: false)")
+    return [*configured, "--use_cpu", "false", "--bf16", "false"]
+
+
+def _join_deepspeed(timeout: timedelta) -> None:
+    from accelerate import PartialState
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    PartialState(backend="gloo", timeout=timeout)
+
+
+def _join_fsdp(timeout: timedelta) -> None:
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState(cpu=True, timeout=timeout)
+    PartialState._shared_state["distributed_type"] = (
+        DistributedType.MULTI_GPU
+    )  # all that accelerate asks before it shards
+
+
+def _say(what: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        num = os.environ.get("WORLD_SIZE", "1")
+        print(f"No accelerator here: {num} process{'es' * (num != '1')} on the CPU, {what}", file=sys.stderr)
