@@ -25,7 +25,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 TESTS = [
     *(f"tests/integration/test_{n}.py" for n in "grpo generate_hook logprobs trainers tools resume train_cli".split()),
-    *(f"tests/engine/test_{name}.py" for name in ("engine", "policy_view", "architectures")),
+    *(f"tests/engine/test_{name}.py" for name in ("engine", "policy_view", "local_policy", "architectures")),
 ]
 CELLS = {"oldest": (0, 0), "newest transformers": (0, -1), "newest trl": (-1, 0), "newest": (-1, -1)}
 """Which of the admitted releases of TRL and of transformers: the first, or the last."""
