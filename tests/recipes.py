@@ -84,8 +84,6 @@ ELSEWHERE = {
     "AsyncDistillationTrainer": "a child process posts its prompts to a vLLM server",
     "ServerDistillationTrainer": "DistillationTrainer's generation, with a teacher on a vLLM server that a test does not have",
 }
-
-
 EARLIER = frozenset(
     "MiniLLMTrainer BCOTrainer KTOTrainer BaseSelfDistillationTrainer DPPOTrainer GFPOTrainer GRPOWithReplayBufferTrainer "
     "NashMDTrainer PAPOTrainer XPOTrainer".split()

@@ -25,10 +25,12 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 TESTS = [
     *(f"tests/integration/test_{n}.py" for n in "grpo generate_hook logprobs trainers tools resume train_cli".split()),
-    *(f"tests/engine/test_{name}.py" for name in ("engine", "policy_view", "architectures")),
+    *(f"tests/engine/test_{name}.py" for name in ("engine", "policy_view", "local_policy", "architectures")),
 ]
 CELLS = {"oldest": (0, 0), "newest transformers": (0, -1), "newest trl": (-1, 0), "newest": (-1, -1)}
 """Which of the admitted releases of TRL and of transformers: the first, or the last."""
+UNSTATED = ["requests"]
+"""What TRL before 1.14 imports without requiring it. Older releases of transformers and datasets brought it along."""
 SHOWN = ("trl", "transformers", "accelerate", "datasets", "peft", "deepspeed", "numpy", "torch")
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
@@ -63,7 +65,7 @@ def pins_of_cells() -> dict[str, list[str]]:
     cells = {}
     for cell, (trl, transformers) in CELLS.items():
         pair = [f"trl=={releases['trl'][trl]}", f"transformers=={releases['transformers'][transformers]}"]
-        cells[cell] = [*pair, torch, *(floors if cell == "oldest" else []), *others]
+        cells[cell] = [*pair, torch, *(floors if cell == "oldest" else []), *(UNSTATED if trl == 0 else []), *others]
     return cells
 
 
