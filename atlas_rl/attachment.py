@@ -160,7 +160,6 @@ class Attachment:
             return engine.generate(requests, sampling)
         if meets_anew:
             engine.weights_changed, self.met_step = True, call.place["step"]
-        requests = agree(ranks, "checking the prompts", lambda: engine.checked(requests))
         balance = self.config.engine.balance_ranks
         return generate_together(engine, ranks, requests, sampling, self.policy.lengths, balance=balance)
 

@@ -83,11 +83,10 @@ class ServedPolicy:
             ValueError: what has to be copied does not fit.
         """
         start = time.perf_counter()
-        agree(ranks, "copying the policy", lambda: self._prepare_copies(step, ranks))
-        if self._is_stale(step):
-            self.local.refresh()
-            self.taken_step = None  # the engine has to hear of it
-        engine = agree(ranks, "building the engine", self._keep_engine)
+        if self.local is not None and self.local.is_collective:
+            agree(ranks, "making room for the policy", lambda: self._make_room(step, ranks))
+            self._copy(step)
+        engine = agree(ranks, "building the engine", lambda: self._built(step, ranks))
         if step != self.taken_step:  # an optimizer step may write where neither counters nor sums show it
             engine.weights_changed = True
             self.taken_step = step
@@ -126,7 +125,7 @@ class ServedPolicy:
         if local is not self.local:
             self.local, self.taken_step = local, None
 
-    def _prepare_copies(self, step: int, ranks: Ranks) -> None:
+    def _make_room(self, step: int, ranks: Ranks) -> None:
         """Whatever may fail before ranks gather weights."""
         self._keep_local()
         if not self._is_stale(step):
@@ -135,6 +134,18 @@ class ServedPolicy:
             raise Unsupported("its weights are sharded, and were not gathered at the first call of this step")
         self.local.check_fits()
         self.local.allocate()
+
+    def _copy(self, step: int) -> None:
+        """Collective, where weights are sharded."""
+        if self._is_stale(step):
+            self.local.refresh()
+            self.taken_step = None  # the engine has to hear of it
+
+    def _built(self, step: int, ranks: Ranks) -> RolloutEngine:
+        if self.local is None or not self.local.is_collective:
+            self._make_room(step, ranks)
+            self._copy(step)
+        return self._keep_engine()
 
     def _is_stale(self, step: int) -> bool:
         """Whether copies are to be made from the policy's weights again."""

@@ -55,7 +55,13 @@ def generate_together(
         lengths: of earlier completions, the same on all ranks. balance: let ranks with less to do make those of others.
     """
     start = time.perf_counter()
-    told = ranks.meet("sharing out a rollout", describe(requests, lengths) if balance else None)
+    try:
+        requests = engine.checked(requests)  # here, where their numbers are the caller's
+        units = describe(requests, lengths) if balance else None
+    except Exception as error:
+        ranks.meet("sharing out a rollout", error=error)
+        raise
+    told = ranks.meet("sharing out a rollout", units)
     plan = make_plan(ranks.rank, told, requests) if balance else None
     here = requests if plan is None else send(ranks, plan)
     engine.unbilled["exchange"] += time.perf_counter() - start

@@ -38,7 +38,7 @@ SHAPES = {  # Qwen3: hidden size, MLP size, layers, heads, whether input and out
 KV_HEADS, HEAD_DIM, VOCAB = 8, 128, 151_936
 LORA_RANK = 16
 MODES = ("zero2", "zero3", "fsdp2", "lora")
-MEETINGS_PER_UPDATE = 4
+MEETINGS_PER_UPDATE = 7
 GIB = 2**30
 
 
