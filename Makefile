@@ -1,6 +1,7 @@
 # make train   install into .venv (first time only), then train the shipped policy with GRPO: a few minutes on 2 cores
 # make test    install into .venv (first time only), then run every test but the longer ones on several processes:
 # make test-distributed    ZeRO-1/2/3, FSDP2, LoRA and runs that are killed, one after another
+# make test-versions   the drop-in's tests on the oldest and newest TRL and transformers (four environments, 6 GB)
 # make lint    ruff;   make format   let ruff rewrite;   make clean   forget the installation and the runs
 #
 # Needs Python 3.11 with pip, and g++. Another interpreter: make PYTHON=python3.12 train
@@ -13,7 +14,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := tasks,plots,peft,deepspeed,test,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-distributed lint format clean
+.PHONY: help setup train test test-distributed test-versions lint format clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -30,6 +31,9 @@ test: setup lint
 test-distributed: setup
 	@$(VENV)/bin/python -m pytest -m distributed $(ARGS)
 
+test-versions: setup
+	@$(VENV)/bin/python tests/version_matrix.py $(ARGS)
+
 lint: setup
 	@$(VENV)/bin/ruff check --quiet .
 
@@ -37,7 +41,7 @@ format: setup
 	@$(VENV)/bin/ruff format --quiet . && $(VENV)/bin/ruff check --quiet --fix .
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venvs runs build *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@echo "Creating $(VENV) with $$($(PYTHON) --version)"

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from atlas_rl.adapt.adaptation import Adaptation
+from atlas_rl.checkpoints import reopen
 from atlas_rl.config import AtlasConfig
 from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.twin import UnsupportedModel, unsupported_reason
@@ -72,6 +73,8 @@ class Attachment:
         self.in_step = False
         self.is_first_of_step = False
         """Whether the next call within this optimizer step is its first: the one that all ranks make."""
+        self.met_step: int | None = None
+        """The last step at which ranks have met for a rollout."""
         self.checkpointing = CheckpointingFlags(model)
         self.told_reasons: set[str] = set()
         self.hook = GenerateHook(model, self.serve)
@@ -140,21 +143,23 @@ class Attachment:
             for i, (prompt, max_len) in enumerate(zip(rows, sampling.max_lens(len(rows)), strict=True))
         ]
         row = call.place | ({"gathered_bytes": gathered} if gathered else {})
-        return self._recorded(
-            row, lambda: self._completed(engine, call.ranks, requests, sampling), lambda: engine.stats
-        )
+        return self._recorded(row, lambda: self._completed(engine, call, requests, sampling), lambda: engine.stats)
 
     def ready_engine(self, ranks: Ranks | None = None) -> RolloutEngine:
         """The engine for the model as it is now."""
         return self.policy.ready_engine(self._step(), ranks or Ranks.alone())
 
     def _completed(
-        self, engine: RolloutEngine, ranks: Ranks, requests: list[RolloutRequest], sampling: SamplingParams
+        self, engine: RolloutEngine, call: Call, requests: list[RolloutRequest], sampling: SamplingParams
     ) -> list[Rollout]:
-        # what one rank alone has seen is no reason to start an update that all take part in
-        self.adaptation.may_update = self.policy.ranks.size == 1 or (ranks.size > 1 and engine.weights_changed)
+        ranks = call.ranks
+        # drafters of several ranks learn where all meet, and an evaluation may have taken the weights over before that
+        meets_anew = ranks.size > 1 and call.place["step"] != self.met_step
+        self.adaptation.may_update = self.policy.ranks.size == 1 or meets_anew
         if ranks.size == 1:
             return engine.generate(requests, sampling)
+        if meets_anew:
+            engine.weights_changed, self.met_step = True, call.place["step"]
         requests = agree(ranks, "checking the prompts", lambda: engine.checked(requests))
         balance = self.config.engine.balance_ranks
         return generate_together(engine, ranks, requests, sampling, self.policy.lengths, balance=balance)
@@ -242,6 +247,11 @@ class Attachment:
             keep_earlier_log(path)
         self.log = RolloutLog(path)
 
+    def before_save(self, checkpoint: Path) -> None:
+        """The trainer is about to write a checkpoint, maybe over an earlier run's."""
+        if rank() == 0:
+            reopen(checkpoint)
+
     def save(self, checkpoint: Path) -> None:
         """Write what drafters have learned into a checkpoint of the trainer; all ranks come here."""
         self.policy.save(checkpoint)
@@ -268,6 +278,8 @@ class Attachment:
         names = ("tokens_per_s", "tokens_per_decode_step", "speedup_estimate", "rank_idle_s")
         metrics = {name: row[name] for name in names if name in row}
         metrics["seconds"] = row["seconds"]["total"]
+        if stats.tokens_of_all_ranks:  # rank 0 logs for the run, which waits for the slowest
+            metrics["tokens_per_s"] = stats.tokens_of_all_ranks / (metrics["seconds"] + stats.rank_idle_seconds)
         for name, counts in row.get("drafters", {}).items():
             if "acceptance" in counts:  # of an arm's drafters one may never have been the better one
                 metrics[f"{name}_acceptance"] = counts["acceptance"]

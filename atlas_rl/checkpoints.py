@@ -75,22 +75,17 @@ def check_checkpoint(checkpoint: str | Path, deterministic: bool = False) -> Non
 
 
 def check_saving(args: Any, deterministic: bool = False, save_steps: float | None = None) -> None:
-    """Settings of a trainer by which a run could not be resumed as promised.
+    """That a deterministic run can be resumed from what the trainer's settings will save.
 
-    GRPO drops what is left of a generation on resume, so a deterministic run has to save between two of them.
+    GRPO drops what is left of a generation on resume, so checkpoints have to fall between two of them.
 
     Args:
         args: the trainer's. save_steps: as the trainer's state has it; None where there is none yet.
     Raises:
         ValueError: `deterministic`, and checkpoints would fall inside a generation.
     """
-    strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
-    if strategy != "no" and args.save_total_limit == 1:
-        logger.warning(
-            "save_total_limit: 1 deletes the last checkpoint before the next is complete: a run that ends in between cannot be "
-            "resumed. Set it to 2"
-        )
-    name = {"steps": "save_steps", "best": "eval_steps"}.get(strategy)  # an epoch ends between two generations
+    # an epoch ends between two generations
+    name = {"steps": "save_steps", "best": "eval_steps"}.get(_save_strategy(args))
     steps_per_generation = getattr(args, "steps_per_generation", None)
     if not deterministic or name is None or not steps_per_generation:
         return
@@ -111,6 +106,15 @@ def check_saving(args: Any, deterministic: bool = False, save_steps: float | Non
         )
 
 
+def warn_of_total_limit(args: Any) -> None:
+    """transformers deletes older checkpoints before callbacks, and so Atlas, have saved theirs."""
+    if _save_strategy(args) != "no" and args.save_total_limit == 1:
+        logger.warning(
+            "save_total_limit: 1 deletes the last checkpoint before the next is complete: a run that ends in between cannot be "
+            "resumed. Set it to 2"
+        )
+
+
 def reopen(checkpoint: str | Path) -> None:
     """Before an older run's checkpoint is written over: it is not complete until that is done."""
     folder = Path(checkpoint) / FOLDER
@@ -118,6 +122,10 @@ def reopen(checkpoint: str | Path) -> None:
         retired = folder.with_name(f".{FOLDER}-old-{os.getpid()}")
         os.rename(folder, retired)  # in one go, unlike its removal
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def _save_strategy(args: Any) -> str:
+    return str(getattr(args.save_strategy, "value", args.save_strategy))
 
 
 def _what_is_missing(checkpoints: list[Path]) -> str:

@@ -5,7 +5,7 @@
     ...                                                        # loss, engine.backward(loss), engine.step()
     rollout.sync_weights(step)
 
-All ranks call `generate` equally often, as with every rollout engine of DeepSpeed; a rank may have no prompts.
+It answers as `HybridEngineRollout` does. All ranks call `generate` equally often; a rank may have no prompts.
 """
 
 from __future__ import annotations
@@ -16,15 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.rollout import RolloutBatch, RolloutEngine, RolloutRequest, SamplingConfig
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from atlas_rl.attachment import Attachment
 from atlas_rl.config import AtlasConfig
-from atlas_rl.integrations.hf_generate import Unsupported, token_ids
+from atlas_rl.engine.twin import UnsupportedModel
+from atlas_rl.integrations.hf_generate import Unsupported, sampling_params, token_ids, unpadded
 from atlas_rl.integrations.trl import unwrap
+from atlas_rl.ranks import Ranks
 from atlas_rl.telemetry.stats import RolloutStats
+from atlas_rl.together import agree
 from atlas_rl.types import Rollout, SamplingParams
+
+try:
+    from deepspeed.runtime.rollout import RolloutBatch, RolloutEngine, RolloutRequest, SamplingConfig
+except ImportError as error:
+    raise ImportError(
+        "atlas_rl.deepspeed needs deepspeed>=0.19.3, which has deepspeed.runtime.rollout: "
+        f"pip install 'deepspeed>=0.19.3' ({error})"
+    ) from error
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,8 +42,8 @@ class LoopArguments:
     """What Atlas reads of a trainer's arguments, for a loop that has none."""
 
     seed: int
-    output_dir: str | None
-    resume_from_checkpoint: str | None = None
+    output_dir: str
+    resume_from_checkpoint: None = None
 
 
 @dataclass(slots=True)
@@ -51,15 +61,17 @@ class LoopState:
 class AtlasRollout(RolloutEngine):
     """Rollouts of the policy that a DeepSpeed engine trains, by Atlas: exact, with drafters that are retrained at each update.
 
+    Options that `SamplingConfig` does not have are the model's own (`generation_config`), as with DeepSpeed's engine.
+
     Args:
         engine: of `deepspeed.initialize`; its module is a transformers model (with or without adapters).
-        tokenizer: its EOS ends a completion, its padding fills the batch.
+        tokenizer: its EOS ends a completion, as do the model's own; its padding (or EOS) fills the batch.
         config: of Atlas; the default needs no change.
-        seed: of the completions, with the step and the row.
+        seed: of the completions, with the step, the number of the call within the step, and the row.
         max_steps: optimizer steps of the loop, from which Atlas tells what retraining can still bring.
         output_dir: where `rollouts.jsonl` goes; None: nowhere, unless `config.log_path` says so.
     Raises:
-        ValueError: the module is no transformers model; the tokenizer has neither padding nor EOS.
+        ValueError: the module is no transformers model; neither padding nor EOS is known.
     """
 
     name = "atlas"
@@ -74,14 +86,16 @@ class AtlasRollout(RolloutEngine):
         max_steps: int = 1000,
         output_dir: str | Path | None = None,
     ) -> None:
-        self.engine, self.tokenizer = engine, tokenizer
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        if self.pad_id is None:
+        self.engine, self.model = engine, unwrap(engine)
+        eos_ids = token_ids(tokenizer.eos_token_id) + token_ids(self.model.generation_config.eos_token_id)
+        self.eos_ids = list(dict.fromkeys(eos_ids))
+        if tokenizer.pad_token_id is None and not self.eos_ids:
             raise ValueError("the tokenizer has neither pad_token_id nor eos_token_id: set one of them")
-        arguments = LoopArguments(seed=seed, output_dir=None if output_dir is None else str(output_dir))
-        self.attachment = Attachment(unwrap(engine), engine, arguments, config or AtlasConfig())
+        self.pad_id = self.eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        arguments = LoopArguments(seed=seed, output_dir=str(output_dir or ""))
+        self.attachment = Attachment(self.model, engine, arguments, config or AtlasConfig())
         self.attachment.follow(LoopState(engine, max_steps))
-        self.has_begun = False
+        self.has_begun = self.has_ended = False
 
     @property
     def stats(self) -> RolloutStats:
@@ -92,68 +106,98 @@ class AtlasRollout(RolloutEngine):
     def generate(self, request: RolloutRequest, sampling: SamplingConfig) -> RolloutBatch:
         """`n_samples_per_prompt` completions of each prompt, prompt after prompt; a completion keeps its EOS.
 
-        `continuous_batch_size` is ignored: rows leave the batch as they finish anyway.
+        The width is that of the longest completion here. `continuous_batch_size` is ignored: rows leave the batch as they finish
+        anyway.
 
         Raises:
-            ValueError: a prompt is empty or too long, or the policy is not one that Atlas can run exactly.
+            ValueError: a prompt is empty, too long or not padded on the left, or Atlas cannot do exactly what is asked for.
             RankFailed: another rank has failed.
         """
+        attachment, policy = self.attachment, self.attachment.policy
         if not self.has_begun:
-            self.attachment.begin_run()
+            resume_from = policy.resume_from
+            attachment.begin_run()
+            policy.resume_from = resume_from  # and not where a trainer would have put its checkpoint
             self.has_begun = True
-        self.attachment.begin_step()
-        prompts, mask = request.prompt_ids, request.prompt_attention_mask.bool()
-        copies = sampling.n_samples_per_prompt
-        rows = [tuple(ids[kept].tolist()) for ids, kept in zip(prompts, mask) for _ in range(copies)]
-        with self._autocast():
-            try:
-                rollouts = self.attachment.generate(rows, self._sampling_params(sampling))
-            except Unsupported as reason:
-                raise ValueError(f"Atlas cannot make these rollouts exactly: {reason}") from None
-        return self._to_batch(request, rollouts, copies)
+        if not attachment.in_step:
+            attachment.begin_step()
+        attachment.is_first_of_step = True  # all ranks make this call, also the second one within a step
+        call = attachment.begin_call()
+        try:
+            rows, params = agree(call.ranks, "planning a rollout", lambda: self._plan(request, sampling))
+            if any(call.ranks.meet("taking over weights", policy.taken_step is None)):
+                policy.taken_step = None
+            with self._autocast():
+                rollouts = attachment.generate(rows, params, call=call)
+        except (Unsupported, UnsupportedModel) as reason:
+            raise ValueError(
+                f"Atlas cannot make these rollouts exactly: {reason}. HybridEngineRollout of DeepSpeed uses the model itself"
+            ) from None
+        return self._to_batch(request, rollouts, sampling.n_samples_per_prompt)
 
     def sync_weights(self, step: int) -> None:
-        """After an optimizer step: logs its figures. The next `generate` takes over the weights, on all ranks together."""
-        self.attachment.end_step()
+        """Weights have changed: the next `generate` takes them over, on all ranks together. Logs the step that has ended."""
+        self.attachment.policy.taken_step = None
+        if self.attachment.in_step:
+            self.attachment.end_step()
 
     def save(self, checkpoint: str | Path) -> None:
-        """Write what the drafters have learned into a checkpoint's folder, beside DeepSpeed's own; all ranks call this."""
+        """Write what the drafters have learned into a folder `atlas` of a checkpoint; all ranks call this.
+
+        After `engine.save_checkpoint(folder, tag)`, with `folder/tag`: where `atlas` is, every rank has written its part.
+        """
         self.attachment.save(Path(checkpoint))
 
     def resume(self, checkpoint: str | Path) -> None:
-        """Have the next `generate` take up what `save` wrote, after `engine.load_checkpoint`; all ranks call this."""
-        self.attachment.policy.resume_from = Path(checkpoint)
+        """Go on from what `save` wrote, after `engine.load_checkpoint`; all ranks call this.
+
+        Raises:
+            ValueError: there is no such folder.
+        """
+        agree(Ranks.of_run(), "resuming", lambda: _check_folder(Path(checkpoint)))
+        policy = self.attachment.policy
+        policy.free()  # what this process has learned itself is not what the checkpoint's run had
+        policy.adaptation, policy.resume_from = None, Path(checkpoint)
+        self.attachment.calls.clear()
 
     def shutdown(self) -> None:
         """Give the model its own `generate` back, and all memory."""
-        self.attachment.free()
-        self.attachment.close()
+        if not self.has_ended:
+            self.attachment.free()
+            self.attachment.close()
+            self.has_ended = True
+
+    def _plan(self, request: RolloutRequest, sampling: SamplingConfig) -> tuple[list[tuple[int, ...]], SamplingParams]:
+        copies, options = sampling.n_samples_per_prompt, {"do_sample": sampling.temperature > 0}
+        if copies < 1:
+            raise ValueError(f"n_samples_per_prompt must be at least 1, got {copies}")
+        if options["do_sample"]:
+            options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": max(0, sampling.top_k)}
+        lasting = {"max_new_tokens": sampling.max_new_tokens, "eos_token_id": self.eos_ids or None}
+        prompts = unpadded(request.prompt_ids, request.prompt_attention_mask, None, ())
+        params = sampling_params(self.model, GenerationConfig(**options, **lasting))
+        return [prompt for prompt in prompts for _ in range(copies)], params
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if not self.engine.torch_autocast_enabled():
             return contextlib.nullcontext()
         return torch.autocast(self.engine.device.type, dtype=self.engine.torch_autocast_dtype())
 
-    def _sampling_params(self, sampling: SamplingConfig) -> SamplingParams:
-        return SamplingParams(
-            temperature=max(0.0, sampling.temperature),
-            top_p=sampling.top_p,
-            top_k=max(0, sampling.top_k),
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_ids=token_ids(self.tokenizer.eos_token_id),
-        )
-
     def _to_batch(self, request: RolloutRequest, rollouts: list[Rollout], copies: int) -> RolloutBatch:
         prompt_ids = request.prompt_ids.repeat_interleave(copies, dim=0)
+        prompt_mask = request.prompt_attention_mask.repeat_interleave(copies, dim=0).long()
         longest = max((len(rollout.token_ids) for rollout in rollouts), default=0)
-        response_ids = prompt_ids.new_full((len(rollouts), longest), self.pad_id)
-        response_mask = torch.zeros_like(response_ids)
-        for i, rollout in enumerate(rollouts):
-            response_ids[i, : len(rollout.token_ids)] = response_ids.new_tensor(rollout.token_ids)
-            response_mask[i, : len(rollout.token_ids)] = 1
-        prompt_mask = request.prompt_attention_mask.repeat_interleave(copies, dim=0).to(response_mask.dtype)
+        padded = [r.token_ids + [self.pad_id] * (longest - len(r.token_ids)) for r in rollouts]
+        response_ids = prompt_ids.new_tensor(padded).view(len(rollouts), longest)
+        lengths = prompt_mask.new_tensor([len(rollout.token_ids) for rollout in rollouts])
+        response_mask = (torch.arange(longest, device=lengths.device) < lengths[:, None]).long()
         return RolloutBatch(
             input_ids=torch.cat([prompt_ids, response_ids], dim=1),
             attention_mask=torch.cat([prompt_mask, response_mask], dim=1),
-            response_start_idx=prompt_ids.new_full((len(rollouts),), prompt_ids.shape[1]),
+            response_start_idx=torch.full_like(lengths, prompt_ids.shape[1]),
         )
+
+
+def _check_folder(checkpoint: Path) -> None:
+    if not checkpoint.is_dir():
+        raise ValueError(f"there is no checkpoint {checkpoint}: name the folder that engine.load_checkpoint has read")

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from atlas_rl.attachment import Attachment
+from atlas_rl.checkpoints import check_saving, warn_of_total_limit
 from atlas_rl.config import AtlasConfig
 from atlas_rl.engine.twin import UnsupportedModel
 from atlas_rl.integrations.hf_generate import Unsupported, sampling_params, token_ids
@@ -194,6 +195,9 @@ class AtlasRolloutGenerator(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         self._attach(model, args)
         self.attachment.follow(state)
+        check_saving(args, self.config.deterministic, state.save_steps)
+        if state.is_world_process_zero:
+            warn_of_total_limit(args)
         self.attachment.begin_run()
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
@@ -201,6 +205,14 @@ class AtlasRolloutGenerator(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.attachment.end_step()
+        self._before_save(args, state, control)
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        self._before_save(args, state, control)
+
+    def _before_save(self, args, state, control) -> None:
+        if control.should_save:
+            self.attachment.before_save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_save(self, args, state, control, **kwargs) -> None:
         self.attachment.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")

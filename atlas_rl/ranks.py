@@ -25,23 +25,23 @@ class Ranks:
     All methods are collective: each rank calls them, in the same order.
     """
 
-    def __init__(self, rank: int, size: int, device: torch.device) -> None:
+    def __init__(self, rank: int, size: int, devices: Sequence[torch.device] = (torch.device("cpu"),)) -> None:
         self.rank, self.size = rank, size
-        self.device = device
-        """Where the group's backend wants tensors."""
+        self.devices = devices
+        """That the group's backends move tensors between; what lies elsewhere goes by the first."""
 
     @classmethod
     def alone(cls) -> Ranks:
-        return cls(0, 1, torch.device("cpu"))
+        return cls(0, 1)
 
     @classmethod
     def of_run(cls) -> Ranks:
         """Of torch's default process group, if there is one."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls.alone()
-        is_nccl = "nccl" in str(dist.get_backend())
-        device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
-        return cls(dist.get_rank(), dist.get_world_size(), device)
+        types = [pair.partition(":")[0] for pair in dist.get_backend_config().split(",")]  # as in cpu:gloo,cuda:nccl
+        devices = [_current(kind) for kind in sorted(types, key=lambda kind: kind != "cpu") if _is_here(kind)]
+        return cls(dist.get_rank(), dist.get_world_size(), devices)
 
     def meet(self, what: str, value: Any = None, error: Exception | None = None) -> list[Any]:
         """Each rank's value (small: it is pickled), by rank.
@@ -82,11 +82,12 @@ class Ranks:
         assert len(to_each) == self.size
         if self.size == 1:
             return list(to_each)
-        lens = torch.tensor([len(part) for part in to_each], device=self.device)
+        device = self.devices[0]
+        lens = torch.tensor([len(part) for part in to_each], device=device)
         lens_here = torch.empty_like(lens)
         dist.all_to_all_single(lens_here, lens)
-        sent = torch.from_numpy(np.concatenate(to_each).astype(np.int64)).to(self.device)
-        received = torch.empty(int(lens_here.sum()), dtype=torch.int64, device=self.device)
+        sent = torch.from_numpy(np.concatenate(to_each).astype(np.int64)).to(device)
+        received = torch.empty(int(lens_here.sum()), dtype=torch.int64, device=device)
         dist.all_to_all_single(received, sent, lens_here.tolist(), lens.tolist())
         return np.split(received.cpu().numpy(), np.cumsum(lens_here.tolist())[:-1])
 
@@ -95,7 +96,8 @@ class Ranks:
         if self.size == 1 or not tensors:
             return
         dtype = torch.promote_types(torch.float32, tensors[0].dtype)
-        flat = torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors]).to(self.device)
+        flat = torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors])
+        flat = flat.to(self._near(flat))
         dist.all_reduce(flat)
         for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.detach().copy_(total.view(tensor.shape))
@@ -103,6 +105,19 @@ class Ranks:
     def take_from_first(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace each tensor by rank 0's."""
         for tensor in tensors if self.size > 1 else ():
-            there = tensor.detach().to(self.device).contiguous()
+            there = tensor.detach().to(self._near(tensor)).contiguous()
             dist.broadcast(there, src=0)
             tensor.detach().copy_(there)
+
+    def _near(self, tensor: torch.Tensor) -> torch.device:
+        """Where the backends take a tensor: if they can, where it is."""
+        return tensor.device if tensor.device.type in {device.type for device in self.devices} else self.devices[0]
+
+
+def _is_here(kind: str) -> bool:
+    accelerator = torch.accelerator.current_accelerator()
+    return kind == "cpu" or (accelerator is not None and accelerator.type == kind)
+
+
+def _current(kind: str) -> torch.device:
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())

@@ -92,7 +92,7 @@ class ServedPolicy:
             engine.weights_changed = True
             self.taken_step = step
         engine.unbilled["refresh"] += time.perf_counter() - start
-        if self.resume_from is not None:
+        if self.resume_from is not None and (ranks.size > 1 or self.ranks.size == 1):
             self._resume(engine)
         return engine
 
@@ -120,9 +120,11 @@ class ServedPolicy:
         reason = unsupported_reason(self.model)
         if reason is not None:
             raise UnsupportedModel(reason)
-        had_one, self.local = self.local is not None, LocalPolicy.of(self.model)
-        if had_one or self.local is not None:
-            self.taken_step = None
+        local = LocalPolicy.of(self.model)
+        if local is not None and local.is_collective and self.args is None:
+            raise UnsupportedModel("its weights are sharded, and without a trainer nobody says when they have changed")
+        if local is not self.local:
+            self.local, self.taken_step = local, None
 
     def _prepare_copies(self, step: int, ranks: Ranks) -> None:
         """Whatever may fail before ranks gather weights."""
@@ -132,6 +134,7 @@ class ServedPolicy:
         if self.local.needs_gathering() and ranks.size < Ranks.of_run().size:
             raise Unsupported("its weights are sharded, and were not gathered at the first call of this step")
         self.local.check_fits()
+        self.local.allocate()
 
     def _is_stale(self, step: int) -> bool:
         """Whether copies are to be made from the policy's weights again."""

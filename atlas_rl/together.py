@@ -69,7 +69,9 @@ def generate_together(
     told = ranks.meet("a rollout", (busy, outcome(rollouts)))
     start = time.perf_counter()
     stats.rank_idle_seconds = max(seconds for seconds, _ in told) - busy
-    lengths.record_all([lens for _, lens in told])
+    outcomes = [lens for _, lens in told]
+    lengths.record_all(outcomes)
+    stats.tokens_of_all_ranks = sum(int(lens[2].sum()) for lens in outcomes)
     if plan is not None:
         stats.moved_samples = plan.moved_samples
         rollouts = give_back(ranks, plan, rollouts)

@@ -21,10 +21,11 @@ class SlowStart(TrainerCallback):
         time.sleep(1.5 * (args.process_index == 0))
 
 
-def main(policy: Path, output_dir: Path) -> None:
+def main(policy: Path, output_dir: Path, **options: object) -> None:
     torch.set_num_threads(1)
     atlas = AtlasRolloutGenerator()
-    trainer = make_trainer("GRPOTrainer", policy, output_dir, [SlowStart(), atlas], num_generations=4, ddp_timeout=60)
+    options = {"num_generations": 4, "ddp_timeout": 60} | options
+    trainer = make_trainer("GRPOTrainer", policy, output_dir, [SlowStart(), atlas], **options)
     rank = trainer.accelerator.process_index
     prompts, completions = record(trainer)
     trainer.train()
@@ -34,7 +35,10 @@ def main(policy: Path, output_dir: Path) -> None:
         trainer.model.generate(torch.tensor([[5, 6, 7]]), attention_mask=torch.ones(1, 3), max_new_tokens=4)
     trainer.accelerator.wait_for_everyone()
     weights = [p.detach().double().sum().item() for p in trainer.model.parameters()]
+    adaptation = atlas.attachment.adaptation
+    heads = [p.double().sum().item() for drafter in adaptation.trained.values() for p in drafter.head.parameters()]
     seen = {"prompts": prompts, "completions": completions, "weights": weights}
+    seen |= {"heads": heads, "updates": adaptation.num_updates}
     (output_dir / f"rank{rank}.json").write_text(json.dumps(seen))
 
 
@@ -54,4 +58,4 @@ def record(trainer) -> tuple[list[list[str]], list[list[list[int]]]]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), **json.loads(sys.argv[3]))

@@ -11,13 +11,15 @@ import torch.distributed as dist
 from helpers import make_requests, tiny_llama, tokens_of
 from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from atlas_rl.config import AtlasConfig
 from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.policy_view import PolicyView
+from atlas_rl.engine.twin import UnsupportedModel
+from atlas_rl.integrations import local_policy
 from atlas_rl.integrations.local_policy import LocalPolicy
 from atlas_rl.integrations.trl import unwrap
 from atlas_rl.types import SamplingParams
@@ -68,6 +70,7 @@ def check_refresh(local: LocalPolicy, gathers: Counter, num_expected: int) -> No
     gathers.clear()
     places = [p.data_ptr() for p in local.model.parameters()]
     is_first = not local.is_allocated
+    assert len(local.buckets) > 4
     num_gathers, num_bytes = local.num_gathers, local.gathered_bytes
     local.refresh()
     assert set(gathers.values()) == ({1} if num_expected else set()) and len(gathers) == num_expected, gathers
@@ -137,6 +140,9 @@ def fsdp2() -> None:
             assert not isinstance(model.lm_head.weight, DTensor)
             check_refresh(local, gathers, len(list(model.parameters())))
             check_copies(local, reference)
+            another = LocalPolicy.of(model)
+            check_refresh(another, gathers, len(list(model.parameters())))
+            check_copies(another, reference)
             assert local.is_current() and isinstance(model, FSDPModule)
     for tied in (False, True):
         model = shard(adapted(tie_word_embeddings=tied), MixedPrecisionPolicy())
@@ -148,9 +154,23 @@ def fsdp2() -> None:
         with torch.no_grad():
             model(input_ids=IDS)
         assert not isinstance(unwrap(model).model.norm.weight, DTensor)
-        check_refresh(local, gathers, num_in_use(model))
-        check_copies(local, merged(reference), exactly=False)
+        for either in (local, LocalPolicy.of(unwrap(model))):
+            check_refresh(either, gathers, num_in_use(model))
+        merged_reference = merged(reference)
+        check_copies(local, merged_reference, exactly=False)
+        check_copies(either, merged_reference, exactly=False)
+    refuse_fsdp1()
     dist.destroy_process_group()
+
+
+def refuse_fsdp1() -> None:
+    flat = FullyShardedDataParallel(tiny_llama(), device_id=torch.device("cpu"), use_orig_params=True)
+    try:
+        LocalPolicy.of(unwrap(flat))
+    except UnsupportedModel as reason:
+        assert "fsdp_version: 2" in str(reason)
+    else:
+        raise AssertionError("flat parameters passed for a plain model")
 
 
 # ---- ZeRO-3 --------------------------------------------------------------------------------------------------------------
@@ -235,4 +255,5 @@ def zero3() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    local_policy.BUCKET_BYTES = 40_000  # a few of these matrices, so that there are several gatherings
     {"fsdp2": fsdp2, "zero3": zero3}[sys.argv[1]]()

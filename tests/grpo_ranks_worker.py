@@ -39,6 +39,8 @@ LEARNING = {
 }
 """A run whose rewards rise. On one process with twice the batch it has the same prompts."""
 
+GATHERS = "ds3_gather_for_generation"
+
 
 def share_of_low_ids(completions: list[Any], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
     return [sum(token < 384 for token in ids) / max(1, len(ids)) for ids in completion_ids]
@@ -74,7 +76,7 @@ def main(
     parts, callbacks = trainer_parts(trainer_name, mode), [] if stock else [generator]
     trainer = make_trainer(trainer_name, policy, output_dir, callbacks, parts, **options)
     watch = Watch(trainer)
-    gathers_for_generation = getattr(trainer.args, "ds3_gather_for_generation", None)
+    gathers = getattr(trainer.args, GATHERS, None)
     if fails_at is not None and watch.rank == 1:
         watch.fail_at(fails_at)
     trainer.train()
@@ -83,7 +85,7 @@ def main(
         for _ in range(3 if watch.rank == 0 else 1):
             trainer.model.generate(torch.tensor([[5, 6, 7]]), attention_mask=torch.ones(1, 3), max_new_tokens=4)
     generator.detach()
-    seen = watch.report() | {"gathers_for_generation": [gathers_for_generation, trainer.args.ds3_gather_for_generation]}
+    seen = watch.report() | {"gathers_for_generation": [gathers, getattr(trainer.args, GATHERS, None)]}
     (output_dir / f"rank{watch.rank}.json").write_text(json.dumps(seen))
     trainer.accelerator.wait_for_everyone()
     sys.stdout.flush()
@@ -97,8 +99,8 @@ class Watch:
         self.trainer, self.rank = trainer, trainer.accelerator.process_index
         self.changes: list[str] = []
         """Of a rollout, to what it must leave alone."""
-        self.gathered: dict[int, Counter[str]] = {}
-        """By step, how often each parameter was gathered within rollouts."""
+        self.gathered: dict[int, Counter[int]] = {}
+        """By step, how often each parameter was gathered, by where its shard lies."""
         self.collectives_in_decoding: Counter[str] = Counter()
         self.decode_steps = 0
         self.frozen = self.hash(p for p in trainer.model.parameters() if not p.requires_grad)
@@ -114,9 +116,9 @@ class Watch:
             "completions": self.completions,
             "rewards": [row["reward"] for row in self.trainer.state.log_history if "reward" in row],
             "changes": self.changes,
-            "is_detached": "generate" not in vars(unwrap(model)),
-            "gathered": {step: dict(counts) for step, counts in self.gathered.items()},
-            "parameters": [name for name, _ in unwrap(model).named_parameters()],
+            "is_detached": not isinstance(vars(unwrap(model)).get("generate"), GenerateHook),
+            "gathered": {step: list(counts.values()) for step, counts in self.gathered.items()},
+            "num_parameters": len(list(model.parameters())),
             "collectives_in_decoding": dict(self.collectives_in_decoding),
             "decode_steps": self.decode_steps,
             "frozen": [self.frozen, self.hash(p for p in model.parameters() if not p.requires_grad)],
@@ -168,12 +170,9 @@ class Watch:
         return marks(unwrap(model)) | {"weights": shards.hexdigest(), "random numbers": random_states}
 
     def _watch_gathers(self) -> None:
-        names = {}
-
         def count(parameter: Any) -> None:
-            names.update({id(p): name for name, p in unwrap(self.trainer.model).named_parameters()})
             counts = self.gathered.setdefault(self.trainer.state.global_step, Counter())
-            counts[names.get(id(parameter), "?")] += 1
+            counts[shard(parameter).data_ptr()] += 1
 
         full_tensor = DTensor.full_tensor
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import psutil
 
 TESTS = Path(__file__).parent
 
@@ -27,13 +28,18 @@ def run_killable(command: list[str], timeout: float, ok: bool = True, environmen
     """A command whose children die with it."""
     paths = [str(TESTS), *sys.path]
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"} | (environment or {})
-    process = subprocess.Popen(
-        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the workers too
+        kill_tree(process.pid)
         raise
     assert (process.returncode == 0) == ok, f"exit code {process.returncode}: {output[-3000:]}"
     return output
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL for a process and all below it (torchrun puts each worker into a session of its own); for oneself at last."""
+    process = psutil.Process(pid)
+    for victim in sorted([process, *process.children(recursive=True)], key=lambda victim: victim.pid == os.getpid()):
+        victim.kill()

@@ -43,6 +43,8 @@ def deepspeed_config(stage: int) -> dict[str, Any]:
         "gradient_clipping",
     )
     zero = {"stage": stage, "overlap_comm": False}
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0  # all of a tiny policy would stay gathered
     return dict.fromkeys(automatic, "auto") | {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
 
 

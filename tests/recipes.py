@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pytest
 import torch
 import trl.experimental
 import trl.trainer
@@ -71,6 +72,7 @@ RECIPES = {
     "A2POTrainer": Recipe(
         rewarded=True, options={"max_completion_length": 6, "num_value_samples": 2, "filter_all_incorrect": False}
     ),
+    "MiniLLMTrainer": Recipe(has_teacher=True, options=GROUPS),
 }
 EVALUATES_WITHOUT_GENERATING = {"GOLDTrainer", "IWOPDTrainer", "GKDTrainer"}
 CANNOT_EVALUATE = {"OnlineDPOTrainer"}
@@ -82,6 +84,12 @@ ELSEWHERE = {
     "AsyncDistillationTrainer": "a child process posts its prompts to a vLLM server",
     "ServerDistillationTrainer": "DistillationTrainer's generation, with a teacher on a vLLM server that a test does not have",
 }
+EARLIER = frozenset(
+    "MiniLLMTrainer BCOTrainer KTOTrainer BaseSelfDistillationTrainer DPPOTrainer GFPOTrainer GRPOWithReplayBufferTrainer "
+    "NashMDTrainer PAPOTrainer XPOTrainer".split()
+)
+"""Generate in the oldest TRL that is supported, and are not in the newest one or do not generate there. (Several do not run even
+without Atlas, with a transformers as new as Atlas needs.)"""
 
 
 def make_trainer(
@@ -93,6 +101,8 @@ def make_trainer(
     **options: Any,
 ) -> Trainer:
     """The trainer of that name, by its recipe; `parts` are arguments of the trainer, `options` of its config."""
+    if name not in online_trainers():
+        pytest.skip(f"TRL {trl.__version__} has no {name}")
     recipe = (RECIPES | SAMPLES_FOR_THE_LOG)[name]
     defaults = {
         "output_dir": str(output_dir),
@@ -155,7 +165,7 @@ def online_trainers() -> dict[str, type[Trainer]]:
                 continue
             for name, value in vars(import_module(module.name)).items():
                 if inspect.isclass(value) and value.__module__ == module.name and _generates(value):
-                    found[name] = value
+                    found.setdefault(name, value)  # an experimental variant may go by the same name
     return found
 
 

@@ -15,7 +15,7 @@ from atlas_rl.ranks import RankFailed, Ranks
 
 class ThreadRanks(Ranks):
     def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:
-        super().__init__(rank, len(slots), torch.device("cpu"))
+        super().__init__(rank, len(slots))
         self.slots, self.barrier = slots, barrier
         self.num_transfers = 0
         """Meetings are not counted."""

@@ -24,14 +24,13 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 TESTS = [
-    *(
-        f"tests/integration/test_{name}.py"
-        for name in "grpo generate_hook logprobs trainers tools resume train_cli".split()
-    ),
-    *(f"tests/engine/test_{name}.py" for name in "engine policy_view architectures".split()),
+    *(f"tests/integration/test_{n}.py" for n in "grpo generate_hook logprobs trainers tools resume train_cli".split()),
+    *(f"tests/engine/test_{name}.py" for name in ("engine", "policy_view", "local_policy", "architectures")),
 ]
 CELLS = {"oldest": (0, 0), "newest transformers": (0, -1), "newest trl": (-1, 0), "newest": (-1, -1)}
 """Which of the admitted releases of TRL and of transformers: the first, or the last."""
+UNSTATED = ["requests"]
+"""What TRL before 1.14 imports without requiring it. Older releases of transformers and datasets brought it along."""
 SHOWN = ("trl", "transformers", "accelerate", "datasets", "peft", "deepspeed", "numpy", "torch")
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
@@ -50,9 +49,9 @@ def requirements(*extras: str) -> list[Requirement]:
 
 def admitted_releases(requirement: Requirement) -> list[str]:
     """Those on PyPI for this Python, oldest first."""
-    command = [*PIP, "index", "versions", requirement.name, "--json"]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    versions = json.loads(done.stdout)["versions"]
+    command = [*PIP, "index", "versions", requirement.name]
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+    versions = said.partition("Available versions: ")[2].splitlines()[0].split(", ")
     return list(requirement.specifier.filter(reversed(versions)))
 
 
@@ -66,7 +65,7 @@ def pins_of_cells() -> dict[str, list[str]]:
     cells = {}
     for cell, (trl, transformers) in CELLS.items():
         pair = [f"trl=={releases['trl'][trl]}", f"transformers=={releases['transformers'][transformers]}"]
-        cells[cell] = [*pair, torch, *(floors if cell == "oldest" else []), *others]
+        cells[cell] = [*pair, torch, *(floors if cell == "oldest" else []), *(UNSTATED if trl == 0 else []), *others]
     return cells
 
 
@@ -82,8 +81,10 @@ def resolve(pins: list[str]) -> dict[str, str]:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             _, found, cause = done.stdout.partition("The conflict is caused by:\n")
-            lines = cause.partition("\n\n")[0] if found else done.stdout[-1000:]
-            raise NotInstallable("; ".join(line.strip() for line in lines.splitlines()))
+            if not found:  # no network, no disk, …
+                raise SystemExit(done.stdout)
+            lines = cause.partition("\n\n")[0].splitlines()
+            raise NotInstallable("; ".join(line.strip() for line in lines))
         packages = [package["metadata"] for package in json.loads(report.read_text())["install"]]
     return {package["name"].lower(): package["version"] for package in packages}
 
@@ -94,7 +95,7 @@ def make_environment(folder: Path, versions: dict[str, str]) -> Path:
     wanted = "".join(f"{name}=={version}\n" for name, version in sorted(versions.items()))
     if not stamp.is_file() or stamp.read_text() != wanted:
         venv.create(folder, clear=True)
-        pip = [*PIP, "--python", str(python), "install", "--quiet", "--no-deps", *wanted.split()]
+        pip = [*PIP, "--python", str(python), "install", "-qq", "--no-deps", *wanted.split()]
         subprocess.run(pip, check=True)
         stamp.write_text(wanted)
     return python

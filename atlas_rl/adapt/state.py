@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from atlas_rl.adapt.adaptation import Adaptation
+from atlas_rl.checkpoints import FOLDER
 from atlas_rl.drafters.checkpoints import load_head, replace_folder, save_head
 from atlas_rl.drafters.heads import DraftHead
 from atlas_rl.drafters.recurrent import RecurrentDrafter
@@ -38,7 +39,7 @@ from atlas_rl.engine.engine import RolloutEngine
 
 logger = logging.getLogger(__name__)
 
-FOLDER, STATE, TENSORS = "atlas", "state.json", "optimizer.safetensors"
+STATE, TENSORS = "state.json", "optimizer.safetensors"
 EXTRA = "extra."
 VERSION = 2
 OF_RANK = ("calibration", "controller", "trust", "retrainer")

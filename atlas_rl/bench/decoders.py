@@ -85,6 +85,8 @@ def tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     fields = default.to_dict()
     values = {name: value for name, value in SMALL.items() if name in fields}
     values |= {name: value for name, value in SOFTCAPS.items() if fields.get(name)}
+    if fields.get("attn_logit_softcapping"):
+        values["attn_implementation"] = "eager"  # sdpa leaves the cap out in transformers before 5.21
     for name in ("layer_types", "mlp_layer_types"):
         kinds = list(dict.fromkeys(fields.get(name) or ()))
         if kinds:

@@ -74,6 +74,7 @@ def examine() -> Iterator[Finding]:
         yield kernels if kernels.status == OK else kernels._replace(status=OPTIONAL)
         accelerator = _accelerator()
         yield accelerator
+        yield _distributed()
         yield _triton()
         if accelerator.status == OK and importlib.util.find_spec("triton") is not None:
             kernels = _probe("GPU kernels", _gpu_kernels)  # torch stands in for them
@@ -168,6 +169,24 @@ def _accelerator() -> Finding:
     return Finding(
         "accelerator", OK, f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, {memory:.0f} GiB"
     )
+
+
+def _distributed() -> Finding:
+    """What several processes have to talk over, and how many devices they would find."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return Finding("distributed", OPTIONAL, "this torch is built without it: runs of one process only")
+    checks = {"nccl": dist.is_nccl_available, "gloo": dist.is_gloo_available, "mpi": dist.is_mpi_available}
+    backends = [name for name, is_there in checks.items() if is_there()]
+    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    where = f"{devices} accelerator{'s' * (devices > 1)}" if devices else "on CPUs"
+    deepspeed = _library("DeepSpeed", OPTIONAL, "not installed")
+    sharding = f"DeepSpeed {deepspeed.detail}"
+    if deepspeed.status == OK and not devices and shutil.which("ninja") is None:
+        sharding += " (on CPUs it needs ninja: pip install ninja)"
+    return Finding("distributed", OK if backends else OPTIONAL, f"{', '.join(backends)}; {where}; {sharding}")
 
 
 def _triton() -> Finding:

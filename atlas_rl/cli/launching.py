@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ class Launch:
         path, is_preset = None, False
         if "--accelerate_config" in flags:
             index = flags.index("--accelerate_config")
+            if index + 1 == len(flags):
+                raise ValueError("accelerate_config: give a name or a file, as in --accelerate_config zero2")
             path, is_preset = find_accelerate_config(flags[index + 1])
             flags = ["--config_file", path, *flags[:index], *flags[index + 2 :]]
         options = _parse(flags, [])
@@ -62,6 +65,26 @@ class Launch:
             if getattr(self.options, f"use_{kind}") or (named == kind and not self.options.multi_gpu):
                 return kind
         return "plain"
+
+    @property
+    def asks_for_cpu(self) -> bool:
+        """In accelerate's words, which its DeepSpeed and FSDP do not heed."""
+        return self.kind == "plain" and (self.options.cpu or is_true(self.file.get("use_cpu")))
+
+    def uses_cpu(self, fields: dict[str, Any]) -> bool:
+        return self.asks_for_cpu or is_true(fields.get("use_cpu")) or not num_accelerators()
+
+    @property
+    def starts_other_machines(self) -> bool:
+        """DeepSpeed does, by pdsh, MPI or Slurm; otherwise each machine is started with its rank."""
+        launcher = self.options.deepspeed_multinode_launcher
+        launcher = launcher or self.file.get("deepspeed_config", {}).get("deepspeed_multinode_launcher")
+        return self.kind == "deepspeed" and launcher not in (None, "standard", "nossh")
+
+    @property
+    def lacks_rank(self) -> bool:
+        """No flag says which machine this is, nor the file; in one of TRL's it is 0 on every machine."""
+        return self.options.machine_rank is None and (self.is_preset or self.file.get("machine_rank") is None)
 
     @property
     def num_machines(self) -> int:
@@ -87,7 +110,7 @@ def launch(flags: list[str], fields: dict[str, Any], script: list[str]) -> int:
 
     plan = Launch.of(flags)
     check(plan, fields)
-    if plan.options.cpu:
+    if plan.asks_for_cpu:
         script = [*script, "--use_cpu", "true"]
     try:
         launch_command(_parse(accelerate_flags(plan, fields), script))
@@ -107,17 +130,16 @@ def launch(flags: list[str], fields: dict[str, Any], script: list[str]) -> int:
 def check(plan: Launch, fields: dict[str, Any]) -> None:
     """What would otherwise fail in every process, after its libraries are loaded, or hang."""
     here, machines, processes = num_accelerators(), plan.num_machines, plan.num_processes
-    uses_cpu = not here or plan.options.cpu or is_true(fields.get("use_cpu"))
     if processes % machines:
         raise ValueError(
             f"num_processes: {processes} cannot be shared evenly by num_machines {machines}: count all of them"
         )
-    if not uses_cpu and processes // machines > here:
+    if not plan.uses_cpu(fields) and processes // machines > here:
         raise ValueError(
             f"num_processes: {processes // machines} on this machine, which has {here} accelerators: "
             f"give --num_processes {here * machines}"
         )
-    if machines > 1 and (plan["main_process_ip"] is None or (plan.options.machine_rank is None and _shares_rank(plan))):
+    if machines > 1 and not plan.starts_other_machines and (plan["main_process_ip"] is None or plan.lacks_rank):
         raise ValueError(
             f"num_machines is {machines}: every machine needs --main_process_ip (the address of the first one) and its own "
             "--machine_rank, 0 on the first one, 1 on the second …"
@@ -139,6 +161,8 @@ def check_batch(fields: dict[str, Any], num_processes: int) -> None:
     if fields.get("generation_batch_size") is not None or not all(isinstance(fields.get(name), int) for name in names):
         return
     rows, samples = (fields[name] for name in names)
+    if samples < 1:
+        return
     steps = fields.get("steps_per_generation") or fields.get("gradient_accumulation_steps") or 1
     if (rows * num_processes * int(steps)) % samples:
         raise ValueError(
@@ -158,14 +182,19 @@ def accelerate_flags(plan: Launch, fields: dict[str, Any]) -> list[str]:
     flags, num_processes = list(plan.flags), plan.num_processes
     if plan.options.num_processes is None:
         flags += ["--num_processes", str(num_processes)]
-    uses_cpu = plan.options.cpu or is_true(fields.get("use_cpu")) or not num_accelerators()
-    if plan.kind == "plain" and uses_cpu and num_processes > 1:  # by itself it would start one process, or look for MPI
+    if (
+        plan.kind == "plain" and plan.uses_cpu(fields) and num_processes > 1
+    ):  # by itself it would start one process, or look for MPI
         flags = [flag for flag in flags if flag not in ("--cpu", "--multi_gpu")] + ["--multi_gpu"]
     if plan.num_machines > 1:
-        if plan.kind == "deepspeed" and not plan.file.get("deepspeed_config", {}).get("deepspeed_multinode_launcher"):
-            flags += ["--deepspeed_multinode_launcher", plan.options.deepspeed_multinode_launcher or "standard"]
-    elif plan["main_process_port"] is None:
-        flags += ["--main_process_port", "0"]  # a free one: other runs of this machine have theirs
+        if (
+            plan.kind == "deepspeed"
+            and not plan.starts_other_machines
+            and not plan.options.deepspeed_multinode_launcher
+        ):
+            flags += ["--deepspeed_multinode_launcher", "standard"]
+    elif plan["main_process_port"] is None:  # other runs of this machine have theirs
+        flags += ["--main_process_port", str(_free_port())]
     return flags
 
 
@@ -208,12 +237,13 @@ def num_accelerators() -> int:
 
 
 def is_true(value: Any) -> bool:
-    return str(value).lower() in ("true", "1", "yes", "[]")  # [] is a bare --flag
+    return str(value).lower() in ("true", "1", "yes")
 
 
-def _shares_rank(plan: Launch) -> bool:
-    """The file names no rank, or is one of TRL's, where it is 0 on every machine."""
-    return plan.is_preset or plan.file.get("machine_rank") is None
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
 
 
 def _trl_folder() -> str:
@@ -242,6 +272,26 @@ def _raise_value_error(message: str) -> NoReturn:
 
 def is_launched() -> bool:
     return "LOCAL_RANK" in os.environ
+
+
+def check_not_launched(launch_flags: list[str]) -> None:
+    if is_launched():
+        raise ValueError(
+            f"{launch_flags[0].lstrip('-')} is for `accelerate launch`, but this process was started by a launcher already "
+            "(torchrun?): leave it out, or start with `atlas-rl train`"
+        )
+
+
+def check_process(fields: dict[str, Any]) -> None:
+    """Before this process, launched or not, builds the trainer's config."""
+    check_batch(fields, int(os.environ.get("WORLD_SIZE", "1")))
+    if fields.get("deepspeed"):
+        check_deepspeed_installed("deepspeed")
+    for field in ("deepspeed", "fsdp"):
+        if fields.get(field) and not is_launched():
+            raise ValueError(
+                f"{field}: it needs processes that a launcher starts: add --num_processes 2 (or more), or use torchrun"
+            )
 
 
 def join(fields: dict[str, Any]) -> list[str]:

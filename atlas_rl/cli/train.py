@@ -71,15 +71,13 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
 
     given = Given.of(args.trainer, config, overrides)
     if given.launch_flags and not args.launched:
-        check_not_launched(given.launch_flags)
+        launching.check_not_launched(given.launch_flags)
         config_flag = ["--config", args.config] if args.config else []
         atlas_flags = [f"--atlas.{name}={value}" for name, value in atlas_overrides]
         script = [args.trainer, "--launched", *config_flag, *given.script_flags, *atlas_flags]
         return launching.launch(given.launch_flags, given.fields, ["train", *script])
 
-    launching.check_batch(given.fields, int(os.environ.get("WORLD_SIZE", "1")))
-    if given.fields.get("deepspeed"):
-        launching.check_deepspeed_installed("deepspeed")
+    launching.check_process(given.fields)
     arguments = given.build(launching.join(given.fields))
 
     from atlas_rl.cli.trl_run import train
@@ -123,14 +121,6 @@ def atlas_config(section: Any, overrides: list[tuple[str, str]]) -> AtlasConfig:
         raise ValueError(f"atlas: --atlas.{name} {text} is not a YAML value: quote it") from None
     except ValueError as error:
         raise ValueError(f"atlas: {error}") from None
-
-
-def check_not_launched(launch_flags: list[str]) -> None:
-    if "LOCAL_RANK" in os.environ:
-        raise ValueError(
-            f"{launch_flags[0].lstrip('-')} is for `accelerate launch`, but this process was started by a launcher already "
-            "(torchrun?): leave it out, or start with `atlas-rl train`"
-        )
 
 
 def given_values(argv: list[str]) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def _load_named(script: Any) -> Any:
         if (Path(name) / "dataset_info.json").is_file() and (Path(name) / "state.json").is_file():
             return {script.dataset_train_split: load_from_disk(name)}
         return load_dataset(name, name=script.dataset_config, streaming=streaming)
-    except (DatasetsError, OSError) as error:
+    except (DatasetsError, OSError, ValueError) as error:  # a ValueError: data that its reader cannot read
         cause = error.__cause__ or error
         raise ValueError(f"dataset_name: {name} cannot be loaded: {cause}") from error
 

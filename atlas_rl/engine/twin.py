@@ -44,6 +44,9 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
         return f"{type(model).__name__} has no language-model head"
     if getattr(config, "kv_lora_rank", None):
         return "it has multi-head latent attention"
+    # transformers before 5.21 leave the cap out there, and train another model than the config describes
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        return "sdpa leaves out the soft-cap of its attention: load it with attn_implementation='eager'"
     # of other types, the frequencies may follow the longest position of a call, and a call of ours holds rows of all lengths
     if ropes := _rope_types(config) - {"default", "linear", "llama3", "yarn"}:
         return f"its rotary embedding is of type {', '.join(sorted(ropes))}"

@@ -84,9 +84,8 @@ def show_shards(model: nn.Module) -> None:
     root = next((module for module in model.modules() if isinstance(module, FSDPModule)), None)
     if root is None:
         return
-    states = (
-        root._get_fsdp_state()._state_ctx.all_states
-    )  # none before the first forward, also those outside of `model`
+    # none before the first forward; those of wrappers around `model` are among them
+    states = root._get_fsdp_state()._state_ctx.all_states
     for module in [state._modules[0] for state in states] or [m for m in model.modules() if isinstance(m, FSDPModule)]:
         module.reshard()
 

@@ -88,7 +88,7 @@ def plan_generation(
     pad_id = config.pad_token_id if config.pad_token_id is not None else (eos_ids[0] if eos_ids else None)
     if pad_id is None:
         raise Unsupported("neither pad_token_id nor eos_token_id is set")
-    prompts = _unpadded(input_ids, attention_mask, config.pad_token_id, eos_ids)
+    prompts = unpadded(input_ids, attention_mask, config.pad_token_id, eos_ids)
     copies = config.num_return_sequences
     return GenerationPlan(
         prompts=[prompt for prompt in prompts for _ in range(copies)],
@@ -161,10 +161,14 @@ def token_ids(value: int | list[int] | torch.Tensor | None) -> tuple[int, ...]:
     return tuple(torch.as_tensor(value).flatten().tolist())
 
 
-def _unpadded(
+def unpadded(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pad_token_id: int | None, eos_ids: tuple[int, ...]
 ) -> list[tuple[int, ...]]:
-    """Each row without its left padding."""
+    """Each row without its left padding.
+
+    Raises:
+        Unsupported: it is padded elsewhere. ValueError: a row holds no token at all.
+    """
     if attention_mask is None:
         # transformers' own rule: padding is read off the ids only where pad cannot be mistaken for EOS
         inferable = pad_token_id is not None and pad_token_id not in eos_ids

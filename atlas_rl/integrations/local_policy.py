@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class Part:
 
     @property
     def num_bytes(self) -> int:
-        return sum(copy.nbytes for copy in self.copies.values())
+        return sum(weight.nbytes for weight in self.copies.values())
 
     def add_user(self, module: nn.Module, name: str, copy_name: str) -> None:
         self.users.append((module, name, copy_name))
@@ -77,15 +78,14 @@ class LocalPolicy:
     `param_dtype`, since the forward casts all parameters to it; under ZeRO-3 that of the engine's weights, which is the compute
     dtype; otherwise, and so under autocast, that of the parameter itself.
 
-    Nothing is allocated, nor communicated, before the first `refresh`. Where parameters are sharded, all ranks make it together
-    and refresh it together (`is_collective`).
+    Nothing is allocated before `allocate` or the first `refresh`, and nothing communicated outside of `refresh`. Where
+    parameters are sharded, all ranks make it together and refresh it together (`is_collective`).
 
     Raises:
         UnsupportedModel: class, config and mergeable adapters do not describe the model.
     """
 
     def __init__(self, policy: PreTrainedModel) -> None:
-        refuse_flat_parameters(policy)
         if getattr(policy, "is_quantized", False):
             raise UnsupportedModel("its weights are quantised")
         show_shards(policy)
@@ -136,8 +136,8 @@ class LocalPolicy:
                 key = (type(place.tuner), *map(id, sources))  # layers of tied weights may share their adapter as well
                 if key not in parts:
                     check_mergeable(name, place.tuner)
-                    merged = _merging(place.tuner)
-                    parts[key] = Part(sources, {name: blank(p) for name, p in own.items()}, merged)
+                    merge = partial(merged_parameters, place.tuner)
+                    parts[key] = Part(sources, {name: blank(p) for name, p in own.items()}, merge)
                 for parameter_name in own:
                     parts[key].add_user(module, parameter_name, parameter_name)
                 continue
@@ -145,7 +145,7 @@ class LocalPolicy:
                 if not is_sharded(source):
                     continue
                 if id(source) not in parts:
-                    parts[id(source)] = Part([source], {"": blank(source)}, _copying(source))
+                    parts[id(source)] = Part([source], {"": blank(source)}, partial(_value_of, source))
                 parts[id(source)].add_user(module, parameter_name, "")
         return list(parts.values())
 
@@ -190,14 +190,17 @@ class LocalPolicy:
         """
         return self.structure == _structure(self.policy, plain_modules(self.policy))
 
+    def allocate(self) -> None:
+        """Take the memory that the copies need, if that is still to be done: what can fail on one rank alone."""
+        with torch.inference_mode(False):  # a drafter's loss takes the copies as constants
+            for part in self.parts if not self.is_allocated else ():
+                part.allocate(self.device)
+        self.is_allocated = True
+
     def refresh(self) -> None:
         """Rewrite the copies, in place, from the policy's weights as they are now. The policy is only read."""
-        with torch.inference_mode(False), torch.no_grad():  # a drafter's loss takes the copies as constants
-            if not self.is_allocated:
-                for part in self.parts:
-                    part.allocate(self.device)
-                self.is_allocated = True
-            show_shards(self.policy)
+        self.allocate()
+        with torch.inference_mode(False), torch.no_grad():
             self.num_gathers += self.needs_gathering()
             for bucket in self.buckets:
                 with gathered(list({id(p): p for part in bucket for p in part.sources}.values())) as full:
@@ -217,12 +220,8 @@ def _parameter(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def _copying(source: nn.Parameter) -> Callable[[Mapping[int, torch.Tensor]], Mapping[str, torch.Tensor]]:
-    return lambda full: {"": full[id(source)]}
-
-
-def _merging(tuner: nn.Module) -> Callable[[Mapping[int, torch.Tensor]], Mapping[str, torch.Tensor]]:
-    return lambda full: merged_parameters(tuner, full)
+def _value_of(source: nn.Parameter, full: Mapping[int, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    return {"": full[id(source)]}
 
 
 def _sharded_sources(parts: list[Part]) -> list[nn.Parameter]:
@@ -260,7 +259,9 @@ def _structure(policy: nn.Module, places: dict[str, Place]) -> list[Any]:
         holder = place.tuner if place.tuner is not None else place.module
         is_managed = getattr(place.module, "_is_fsdp_managed_module", False)
         parameters = [] if is_managed else holder.parameters(recurse=place.tuner is not None)
-        structure.append((name, id(holder), id(place.module), [(id(p), p.dtype, p.device) for p in parameters]))
+        # an emptied parameter may have another device than a gathered one
+        kinds = [(id(p), p.dtype, None if is_sharded(p) else p.device) for p in parameters]
+        structure.append((name, id(holder), id(place.module), kinds))
     return structure
 
 

@@ -130,12 +130,11 @@ def _detached(module: nn.Module, values: Mapping[int, torch.Tensor]) -> nn.Modul
     noticing."""
     clone = object.__new__(plain_class(module))
     for key, value in vars(module).items():
-        if "_hooks" in key and not value:
-            vars(clone)[key] = value
-        elif "_hooks" in key:
-            vars(clone)[key] = type(value)()
-        else:
-            vars(clone)[key] = value.copy() if type(value) in (dict, list) else value
+        if "_hooks" in key:
+            value = type(value)()
+        elif type(value) in (dict, list):
+            value = value.copy()
+        vars(clone)[key] = value
     clone.training = False
     clone._parameters = {
         name: None if p is None else nn.Parameter(values[id(p)], requires_grad=False)

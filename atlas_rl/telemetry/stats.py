@@ -53,6 +53,8 @@ class RolloutStats:
     """`total` and its parts: prefill, draft, verify, sample, refresh, retrain, and between ranks exchange."""
     rank_idle_seconds: float | None = None
     """That this rank waited for the slowest at the end of a rollout; None where ranks did not meet."""
+    tokens_of_all_ranks: int = 0
+    """Completion tokens of a rollout at whose end ranks met; 0 where they did not."""
     moved_samples: int = 0
     """Completions that were made on another rank than the one that asked for them, over all ranks."""
     device_seconds: float = 0.0
@@ -89,6 +91,7 @@ class RolloutStats:
                 "row_steps",
                 "preemptions",
                 "moved_samples",
+                "tokens_of_all_ranks",
             ):
                 setattr(result, name, getattr(result, name) + getattr(part, name))
             for name, seconds in part.seconds.items():

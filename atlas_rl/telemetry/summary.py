@@ -40,6 +40,8 @@ class RunSummary:
     """After the last time."""
     rollout_seconds: float
     rollout_share: float | None
+    idle_share: float | None
+    """Of the ranks' time in rollouts, what they waited for the slowest; None on one process."""
     num_steps: int
     reward_first: float | None
     """Mean over the first fifth of the logged steps."""
@@ -89,6 +91,8 @@ class RunSummary:
             yield "adaptive drafter", change, "tokens per step at lookahead 4, held-out completions"
         if self.rollout_share is not None:
             yield "share of the step", f"{self.rollout_share:.0%}", "of a training step goes into rollouts"
+        if self.idle_share is not None:
+            yield "ranks idle", f"{self.idle_share:.0%}", "of their time in rollouts they waited for the slowest one"
         if self.reward_first is not None:
             change = f"{self.reward_first:.3f} → {self.reward_last:.3f}"
             yield "reward", change, f"first → last fifth of {self.num_steps:,} logged steps"
@@ -103,7 +107,9 @@ def summarize_run(log_path: str | Path, log_history: list[dict[str, Any]]) -> Ru
     timed = [row for row in rows if row["kind"] == "step" and "step_seconds" in row]
     tokens = sum(row["completion_tokens"] for row in rollouts)
     rewards = [entry["reward"] for entry in log_history if "reward" in entry]
-    retrains = [row["retrain"] for row in rollouts if "retrain" in row]
+    first_rank = min((row["rank"] for row in rollouts), default=0)
+    retrained = [row for row in rollouts if row["rank"] == first_rank]  # ranks retrain together
+    retrains = [row["retrain"] for row in retrained if "retrain" in row]
     judged = [row for row in retrains if "acceptance_before" in row]
     fifth = max(1, len(rewards) // 5)
     return RunSummary(
@@ -120,11 +126,12 @@ def summarize_run(log_path: str | Path, log_history: list[dict[str, Any]]) -> Ru
         retrain_updates=sum(row["updates"] for row in retrains),
         retrain_kept=sum(row["kept"] for row in retrains),
         retrain_steps=sum(row["steps"] for row in retrains),
-        retrain_seconds=sum(row["seconds"].get("retrain", 0.0) for row in rollouts),
+        retrain_seconds=sum(row["seconds"].get("retrain", 0.0) for row in retrained),
         retrain_first=judged[0]["acceptance_before"] if judged else None,
         retrain_last=judged[-1]["acceptance_after"] if judged else None,
         rollout_seconds=_slowest_rank_seconds(rollouts),
         rollout_share=_ratio(sum(row["seconds"]["total"] for row in timed), sum(row["step_seconds"] for row in timed)),
+        idle_share=_idle_share(rollouts),
         num_steps=len(rewards),
         reward_first=sum(rewards[:fifth]) / fifth if len(rewards) > 1 else None,
         reward_last=sum(rewards[-fifth:]) / fifth if len(rewards) > 1 else None,
@@ -135,8 +142,13 @@ def _slowest_rank_seconds(rollouts: list[dict[str, Any]]) -> float:
     """Ranks make their rollouts at the same time, and wait for the slowest."""
     seconds: dict[int, float] = defaultdict(float)
     for row in rollouts:
-        seconds[row["rank"]] += row["seconds"]["total"]
+        seconds[row["rank"]] += row["seconds"]["total"] + row.get("rank_idle_s", 0.0)
     return max(seconds.values(), default=0.0)
+
+
+def _idle_share(rollouts: list[dict[str, Any]]) -> float | None:
+    met = [(row["rank_idle_s"], row["seconds"]["total"]) for row in rollouts if "rank_idle_s" in row]
+    return _ratio(sum(idle for idle, _ in met), sum(idle + total for idle, total in met))
 
 
 def _speedup(rollouts: list[dict[str, Any]]) -> float | None:

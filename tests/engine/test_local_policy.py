@@ -13,6 +13,7 @@ from peft import (
     PeftModel,
     PromptTuningConfig,
     TrainableTokensConfig,
+    VeraConfig,
     get_peft_model,
 )
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -92,6 +93,7 @@ CASES = {
     "conv1d": lambda: adapted(LoraConfig(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True), tiny_gpt2()),
     "ia3": lambda: adapted(IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])),
     "loha": lambda: adapted(LoHaConfig(target_modules=ATTENTION, rank_dropout=0.5)),
+    "vera": lambda: adapted(VeraConfig(target_modules=ATTENTION, r=16)),
     "norms": lambda: adapted(LNTuningConfig(target_modules=["input_layernorm"])),
     "tokens": lambda: adapted(TrainableTokensConfig(token_indices=[2, 7], target_modules=["embed_tokens"])),
     "experts": lambda: adapted(
@@ -281,7 +283,7 @@ def test_a_policy_that_does_not_fit_is_refused_with_figures(monkeypatch):
         ValueError, match=r"adapted.* 3.05e-05 GiB on this device \(cpu\).*0.000977 GiB are free.* takes 2 GiB"
     ):
         local.check_fits(kv_bytes=2**31)
-    local.refresh()
+    local.allocate()
     local.check_fits(kv_bytes=2**31)  # the copies are there
 
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +10,16 @@ import pytest
 pytest.importorskip("trl")
 
 from ddp_worker import record
+from launching import launch_ranks
 from recipes import make_trainer
 
 from atlas_rl import AtlasRolloutGenerator
 
-TESTS = Path(__file__).parent.parent
+
+def launch(policy: Path, output_dir: Path, **options: object) -> list[dict]:
+    """What each rank saw."""
+    launch_ranks("ddp_worker.py", policy, output_dir, json.dumps(options))
+    return [json.loads((output_dir / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -26,18 +27,7 @@ def run(tiny_policy, tmp_path_factory) -> tuple[Path, list[dict]]:
     """Output folder, and what each rank saw. The folder holds an earlier run's log."""
     output_dir = tmp_path_factory.mktemp("ddp")
     (output_dir / "rollouts.jsonl").write_text('{"kind": "step"}\n')
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    paths = [str(TESTS), *sys.path]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [*launch, str(TESTS / "ddp_worker.py"), str(tiny_policy), str(output_dir)]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        _, errors = process.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the workers too
-        raise
-    assert process.returncode == 0, errors[-3000:]
-    return output_dir, [json.loads((output_dir / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return output_dir, launch(tiny_policy, output_dir)
 
 
 def test_ranks_end_with_equal_weights(run):
@@ -77,3 +67,10 @@ def test_both_ranks_write_one_log_and_an_earlier_one_is_kept(run):
     steps = [(row["rank"], row["step"]) for row in rows if row["kind"] == "step"]
     assert sorted(steps) == [(0, 1), (0, 2), (1, 1), (1, 2)]
     assert not any("fallback" in row or "error" in row for row in rows)
+
+
+def test_ranks_learn_together_at_each_update_also_where_an_evaluation_came_before(tiny_policy, tmp_path):
+    evaluates = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4, "max_steps": 3}
+    seen = launch(tiny_policy, tmp_path, **evaluates)
+    assert [rank["updates"] for rank in seen] == [2, 2], "after each step but the last"
+    assert seen[0]["heads"] == seen[1]["heads"] != []

@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessorList, MinLengthLogitsP
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from atlas_rl import AtlasConfig, AtlasRolloutGenerator, SamplingParams
+from atlas_rl.integrations.local_policy import LocalPolicy
 from atlas_rl.telemetry.stats import DrafterStats, RolloutStats
 
 PAD, EOS = 0, 1
@@ -262,6 +264,16 @@ def test_adapters_are_merged_for_decoding_and_nowhere_else():
             before |= {n: p.detach().clone() for n, p in wrapped.named_parameters() if p.requires_grad}
         assert torch.equal(wrapped.generate(**BATCH, **OPTIONS, do_sample=False), changed)
         assert all(torch.equal(value, before[name]) for name, value in wrapped.state_dict().items())
+
+
+def test_a_sharded_model_without_a_trainer_falls_back(monkeypatch, caplog):
+    """Its copies would go stale unnoticed."""
+    monkeypatch.setattr(LocalPolicy, "of", lambda policy: SimpleNamespace(is_collective=True))
+    model = tiny_llama()
+    expected = model.generate(**BATCH, **OPTIONS, do_sample=False)
+    with AtlasRolloutGenerator().attach(model) as atlas:
+        assert torch.equal(model.generate(**BATCH, **OPTIONS, do_sample=False), expected)
+        assert atlas.stats.num_completions == 0 and "sharded" in caplog.text
 
 
 def test_only_models_and_trainers_are_taken():

@@ -223,7 +223,7 @@ def test_an_interrupt_leaves_trainer_model_and_log_intact(tokenizer, tmp_path, c
     weights = [p.detach().clone() for p in model.parameters()]
     rng = torch.get_rng_state()
     with pytest.raises(KeyboardInterrupt):
-        trainer._generate_single_turn([[5, 6], [7]], None, {}, 1)
+        trainer._generate(["w3 w4", "w5"])
     assert flags() == expected
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))

@@ -11,12 +11,13 @@ import torch
 from helpers import tiny_llama
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import Trainer
 
 pytest.importorskip("trl")
 
 from recipes import make_trainer, rollout_rows
 
-from atlas_rl import AtlasConfig, AtlasRolloutGenerator, SamplingParams
+from atlas_rl import AtlasConfig, AtlasRolloutGenerator, SamplingParams, last_complete_checkpoint
 from atlas_rl.adapt import state as module
 from atlas_rl.adapt.state import FOLDER, STATE, TENSORS, load_state, save_state
 from atlas_rl.config import AdaptConfig
@@ -120,6 +121,47 @@ def test_a_disk_that_is_full_at_a_checkpoint_costs_one_warning(tiny_policy, tmp_
     assert sum("is not saved" in record.message for record in caplog.records) == 1
     assert not (tmp_path / "checkpoint-3" / FOLDER).exists() and (tmp_path / "checkpoint-6" / FOLDER / STATE).exists()
     assert not list(tmp_path.glob("checkpoint-*/.*")), "nothing half-written is left"
+
+
+def test_a_run_killed_while_it_saves_over_an_earlier_checkpoint_is_resumed_from_the_one_before(
+    tiny_policy, tmp_path, monkeypatch
+):
+    train(tiny_policy, tmp_path)
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    save_weights, saved = Trainer.save_model, []
+
+    def killed_in_the_second(self, output_dir, **options):
+        saved.append(output_dir)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        return save_weights(self, output_dir, **options)
+
+    monkeypatch.setattr(Trainer, "save_model", killed_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_policy, tmp_path)
+    assert [Path(path).name for path in saved] == ["checkpoint-3", "checkpoint-6"]
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+    monkeypatch.undo()
+    train(tiny_policy, tmp_path, resume=last_complete_checkpoint(tmp_path))  # a Path does
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
+
+
+def test_checkpoints_of_a_run_whose_rollouts_go_past_atlas_are_complete_too(tiny_policy, tmp_path):
+    atlas = AtlasRolloutGenerator(config())
+    options = OPTIONS | {"max_steps": 3, "generation_kwargs": {"num_beams": 8}}
+    trainer = make_trainer("GRPOTrainer", tiny_policy, tmp_path, [atlas], **options)
+    trainer.train()
+    assert atlas.attachment.adaptation is None and last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+    atlas.detach()
+
+
+def test_a_deterministic_run_that_saves_inside_a_generation_does_not_start(tiny_policy, tmp_path):
+    atlas = AtlasRolloutGenerator(config())
+    trainer = make_trainer("GRPOTrainer", tiny_policy, tmp_path, [atlas], **OPTIONS | {"num_iterations": 2})
+    with pytest.raises(ValueError, match="set save_steps: 4"):
+        trainer.train()
+    atlas.detach()
 
 
 # ---- damage, on a bare model ------------------------------------------------------------------------------------------------

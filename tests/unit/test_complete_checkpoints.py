@@ -9,7 +9,15 @@ import pytest
 
 from atlas_rl import last_complete_checkpoint
 from atlas_rl.adapt import state
-from atlas_rl.checkpoints import FOLDER, TRAINER_STATE, check_checkpoint, check_saving, is_complete, reopen
+from atlas_rl.checkpoints import (
+    FOLDER,
+    TRAINER_STATE,
+    check_checkpoint,
+    check_saving,
+    is_complete,
+    reopen,
+    warn_of_total_limit,
+)
 
 
 def checkpoint(folder: Path, step: int, *, trainer_state: bool = True, atlas: bool = True) -> Path:
@@ -119,8 +127,8 @@ def test_what_the_trainer_has_made_of_save_steps_counts():
 
 
 def test_a_total_limit_of_one_is_warned_of(caplog):
-    check_saving(saving(save_total_limit=2))
-    check_saving(saving(save_total_limit=1, save_strategy="no"))
+    warn_of_total_limit(saving(save_total_limit=2))
+    warn_of_total_limit(saving(save_total_limit=1, save_strategy="no"))
     assert not caplog.records
-    check_saving(saving(save_total_limit=1))
+    warn_of_total_limit(saving(save_total_limit=1))
     assert "Set it to 2" in caplog.text

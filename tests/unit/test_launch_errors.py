@@ -64,6 +64,7 @@ def test_accelerate_configs_that_cannot_be_used(capsys, config, tmp_path, gpus):
     assert "fsdp_version: 2" in fails(capsys, config, "--accelerate_config", "fsdp1", "--num_processes", 2)
     assert "did you mean 'zero2'" in fails(capsys, config, "--accelerate_config", "zer2")
     assert "did you mean 'zero2'" in fails(capsys, config, "--accelerate_config=zer2")
+    assert "give a name or a file" in fails(capsys, config, "--accelerate_config")
 
 
 def test_numbers_of_processes_and_machines(capsys, config, gpus):
@@ -108,6 +109,13 @@ def test_deepspeed_that_is_not_there(capsys, config, tmp_path, monkeypatch, gpus
     assert remedy in fails(capsys, config, "--deepspeed", tmp_path / "ds.json")
 
 
+@pytest.mark.parametrize("field", ["deepspeed", "fsdp"])
+def test_sharding_that_nothing_launches(capsys, config, tmp_path, field):
+    (tmp_path / "ds.json").write_text("{}")
+    line = fails(capsys, config, f"--{field}", *([tmp_path / "ds.json"] if field == "deepspeed" else []))
+    assert f"{field}: " in line and "--num_processes" in line and "torchrun" in line
+
+
 def test_launcher_flags_in_a_process_that_was_launched(capsys, config, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert "accelerate_config is for" in fails(capsys, config, "--accelerate_config", "zero2")
@@ -146,11 +154,13 @@ def parsed(*flags: str, **fields):
     return launching._parse(accelerate_flags(plan, FIELDS | fields), [])
 
 
-def test_several_processes_on_the_cpu_are_really_started(gpus):
+def test_several_processes_on_the_cpu_are_really_started(gpus, tmp_path):
     """Accelerate alone would start one, or look for MPI."""
     options = parsed("--num_processes", "2")
-    assert options.multi_gpu and options.main_process_port == 0
+    assert options.multi_gpu and options.main_process_port != parsed("--num_processes", "2").main_process_port
     gpus(1)
+    (tmp_path / "cpu.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n")
+    assert parsed("--accelerate_config", str(tmp_path / "cpu.yaml")).multi_gpu
     assert not parsed("--num_processes", "1").multi_gpu
     options = parsed("--cpu", "--num_processes", "2")
     assert options.multi_gpu and not options.cpu
@@ -169,6 +179,8 @@ def test_machines_are_started_one_by_one(gpus):
     two = ["--num_machines", "2", "--num_processes", "16", "--machine_rank", "1", "--main_process_ip", "10.0.0.1"]
     assert parsed("--use_deepspeed", *two).deepspeed_multinode_launcher == "standard"
     assert parsed("--accelerate_config", "fsdp2", *two).main_process_port is None
+    one_for_all = ["--use_deepspeed", *two[:4], "--deepspeed_multinode_launcher", "pdsh"]
+    assert parsed(*one_for_all).deepspeed_multinode_launcher == "pdsh"
 
 
 @pytest.mark.parametrize(

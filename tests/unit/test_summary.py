@@ -56,6 +56,24 @@ def test_ranks_run_side_by_side(tmp_path):
     assert summarize_run(write(tmp_path / "log", *rows), []).tokens_per_s == pytest.approx(100)
 
 
+def test_ranks_that_meet_wait_for_the_slowest_and_retrain_as_one(tmp_path):
+    retrain = {"updates": 1, "steps": 2, "seconds": 0.5, "acceptance_before": 2.0, "acceptance_after": 2.5, "kept": 1}
+    rows = [
+        rollout(
+            rank=rank,
+            completion_tokens=100,
+            seconds={"total": 1.0 + rank, "retrain": 0.5},
+            rank_idle_s=1.0 - rank,
+            retrain=retrain,
+        )
+        for rank in range(2)
+    ]
+    summary = summarize_run(write(tmp_path / "log", *rows), [])
+    assert (summary.tokens_per_s, summary.idle_share) == pytest.approx((100, 0.25))
+    assert (summary.retrain_updates, summary.retrain_steps, summary.retrain_seconds) == (1, 2, 0.5)
+    assert "ranks idle" in text(summary) and "25%" in text(summary)
+
+
 def test_figures_without_meaning_are_left_out(tmp_path):
     summary = summarize_run(
         write(tmp_path / "log", rollout(completion_tokens=10, seconds={"total": 1.0})), [{"reward": 1.0}]
