@@ -47,13 +47,13 @@ class LearningRank:
         is_new: whether its head has yet to be made, and a static drafter of it.
     """
 
-    def __init__(self, policy, ranks: Ranks, *, is_new: bool = False) -> None:
+    def __init__(self, policy, ranks: Ranks, *, is_new: bool = False, deterministic: bool = True) -> None:
         torch.manual_seed(0)
         self.drafter = RecurrentDrafter(RecurrentHead.for_policy(PolicyView(policy)))
         self.static = RecurrentDrafter(copy.deepcopy(self.drafter.head), name="static")
         drafters = (self.drafter, self.static) if is_new else (self.drafter,)
         of_run = Drafters(all=drafters, adaptive=self.drafter, of_new_head=drafters if is_new else ())
-        config = AtlasConfig(lookahead=3, deterministic=True, adapt=ADAPT)
+        config = AtlasConfig(lookahead=3, deterministic=deterministic, adapt=ADAPT)
         self.adaptation = Adaptation(config, of_run, ranks=ranks)
         self.retrainer: Retrainer = self.adaptation.retrainer
         self.ranks = ranks

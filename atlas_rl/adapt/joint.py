@@ -40,6 +40,9 @@ class Joint:
             RankFailed: another rank has held something back.
         """
         error, self.error = self.error, None
+        if self.ranks.size == 1:
+            self.ranks.meet(self.what, error=error)
+            return
         failures = torch.full((1,), float(error is not None), device=tensors[0].device)
         self.ranks.add_up([*tensors, failures])
         if failures:

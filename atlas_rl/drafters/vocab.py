@@ -43,9 +43,8 @@ class DraftVocabulary:
 
     def count(self, completions: Iterable[list[int]]) -> None:
         tokens = np.concatenate([np.array(ids, np.int64) for ids in completions])
-        counts_V = np.bincount(tokens, minlength=self.size)
-        self.counts_V += counts_V
-        self.untold_V += counts_V
+        self.counts_V += np.bincount(tokens, minlength=self.size)
+        np.add.at(self.untold_V, tokens, 1.0)
 
     def add_up(self, ranks: Ranks) -> None:
         """Count what any rank has counted since the last time; collective."""

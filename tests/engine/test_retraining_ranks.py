@@ -62,6 +62,20 @@ def test_an_update_is_the_same_on_all_ranks_also_on_one_with_nothing_to_learn_fr
     assert update(group, ranks) == [None] * 3, "nobody has anything"
 
 
+def test_the_clock_of_the_first_decides_for_all():
+    group, ranks = make_ranks(2, deterministic=False)
+    ranks[1].adaptation.remaining = lambda: 0.0
+    ranks[0].adaptation.remaining = lambda: 1e6
+    for i in range(6):
+        for rank in ranks:
+            rank.rollout(i)
+            rank.adaptation.last_update -= 60.0 * (rank.ranks.rank == 0)
+        assert group.run(lambda i: ranks[i].refresh()) == [None] * 2
+        assert_same(ranks)
+    assert ranks[0].retrainer.totals.steps == ranks[1].retrainer.totals.steps > 0
+    assert ranks[1].retrainer.budget.step_seconds
+
+
 @pytest.mark.parametrize("num_teachers", [1, 2])
 def test_gradients_are_the_mean_over_the_windows_of_all_ranks(num_teachers):
     group, ranks = make_ranks(2)
