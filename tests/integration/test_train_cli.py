@@ -8,6 +8,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from atlas_rl import last_complete_checkpoint
 from atlas_rl.cli import main
 
 SYMBOLS = "0123456789+-= abcdefghij"
@@ -68,6 +69,21 @@ def test_own_model_data_and_reward(run_dir, capsys):
     assert [row["num_completions"] for row in rollouts] == [8, 8]
     assert all(row["phase"] == "train" and row["completion_tokens"] > 0 for row in rollouts)
     assert sum(row["kind"] == "step" for row in rows) == 2
+
+
+def test_latest_goes_on_from_the_newest_complete_checkpoint(run_dir, capsys, caplog):
+    saving = ["--save_strategy", "steps", "--save_steps", "1", "--resume_from_checkpoint"]
+    assert main(["train", "--config", "run.yaml", *saving, "latest"]) == 0
+    assert "No complete checkpoint in out: starting anew" in capsys.readouterr().out
+    (run_dir / "out" / "checkpoint-2" / "trainer_state.json").unlink()
+    assert main(["train", "--config", "run.yaml", *saving, "true"]) == 0
+    assert "Resuming from out/checkpoint-1" in capsys.readouterr().out
+    assert sum("checkpoint-2 is incomplete" in record.getMessage() for record in caplog.records) == 1
+    rows = [json.loads(line) for line in (run_dir / "out" / "rollouts.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "step"] == [1, 2, 2], "the log goes on too"
+    assert last_complete_checkpoint("out").name == "checkpoint-2"
+    assert main(["train", "--config", "run.yaml", *saving, "out/checkpoint-9"]) == 2
+    assert "resume_from_checkpoint" in capsys.readouterr().err
 
 
 def test_interrupt_prints_what_was_done(run_dir, capsys):
