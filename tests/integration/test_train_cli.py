@@ -128,3 +128,16 @@ def test_dataset_saved_to_disk(run_dir):
     flags = ["--dataset_name", "saved", "--output_dir", "out", "--use_cpu", "--bf16", "false"]
     train_dataset, eval_dataset = trl_run.load_datasets(Given.of("grpo", {}, flags).build([]))
     assert len(train_dataset) == 4 and eval_dataset is None
+
+
+def test_rollouts_have_the_precision_that_the_launcher_s_config_asks_for(tiny_policy, tmp_path, monkeypatch):
+    """accelerate's `mixed_precision: bf16` counts for the trainer, whatever its own `bf16` says."""
+    from recipes import make_trainer
+
+    from atlas_rl.integrations.trl import autocast_dtype
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    trainer = make_trainer("GRPOTrainer", tiny_policy, tmp_path, max_steps=1)
+    trainer.train()
+    assert trainer.accelerator.native_amp and not trainer.args.bf16
+    assert autocast_dtype(trainer.model, trainer.model, trainer.args) == torch.bfloat16
