@@ -110,7 +110,9 @@ class ServedPolicy:
 
     def free(self) -> None:
         """Drop the twin and its weight copies; what the drafters know stays."""
-        self.engine = self.engine_key = self.local = self.taken_step = None
+        self.engine = self.engine_key = self.taken_step = None
+        if self.local is not None:
+            self.local.release()
 
     def _keep_local(self) -> None:
         """Make the plain form anew where the model's structure has changed."""

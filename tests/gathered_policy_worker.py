@@ -144,6 +144,7 @@ def fsdp2() -> None:
             check_refresh(another, gathers, len(list(model.parameters())))
             check_copies(another, reference)
             assert local.is_current() and isinstance(model, FSDPModule)
+    refuse_within_forward(model)
     for tied in (False, True):
         model = shard(adapted(tie_word_embeddings=tied), MixedPrecisionPolicy())
         local = LocalPolicy.of(unwrap(model))
@@ -161,6 +162,24 @@ def fsdp2() -> None:
         check_copies(either, merged_reference, exactly=False)
     refuse_fsdp1()
     dist.destroy_process_group()
+
+
+def refuse_within_forward(model: torch.nn.Module) -> None:
+    """A wrapped `generate` runs there: what is whole then would be taken for the policy's own."""
+    reasons = []
+
+    def called(module, args, kwargs):
+        try:
+            LocalPolicy.of(model)
+        except UnsupportedModel as reason:
+            reasons.append(str(reason))
+
+    handle = model.model.norm.register_forward_pre_hook(called, with_kwargs=True)
+    with torch.no_grad():
+        model(input_ids=IDS)
+    handle.remove()
+    assert len(reasons) == 1 and "own forward" in reasons[0]
+    assert LocalPolicy.of(model).is_collective
 
 
 def refuse_fsdp1() -> None:

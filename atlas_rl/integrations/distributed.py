@@ -80,14 +80,21 @@ def show_shards(model: nn.Module) -> None:
     """Have FSDP2's modules hold their sharded parameters: a forward without backward leaves the last ones whole.
 
     The next forward gathers them, so that all ranks have to do this, or none.
+
+    Raises:
+        UnsupportedModel: within the forward of one of them.
     """
     root = next((module for module in model.modules() if isinstance(module, FSDPModule)), None)
     if root is None:
         return
     # none before the first forward; those of wrappers around `model` are among them
     states = root._get_fsdp_state()._state_ctx.all_states
-    for module in [state._modules[0] for state in states] or [m for m in model.modules() if isinstance(m, FSDPModule)]:
-        module.reshard()
+    states = states or [m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule)]
+    for state in states:
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # torch 2.11 has one
+        if any(group is not None and group._training_state.name == "FORWARD" for group in groups):
+            raise UnsupportedModel("it is called within FSDP2's own forward, where parameters are whole for a moment")
+        state._modules[0].reshard()
 
 
 def needs_gathering(parameter: torch.Tensor) -> bool:

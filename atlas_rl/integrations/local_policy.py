@@ -197,6 +197,12 @@ class LocalPolicy:
                 part.allocate(self.device)
         self.is_allocated = True
 
+    def release(self) -> None:
+        """Give the copies' memory back, until the next refresh. Whatever was built over them is void."""
+        for part in self.parts:
+            part.allocate(torch.device("meta"))
+        self.is_allocated, self.written = False, None
+
     def refresh(self) -> None:
         """Rewrite the copies, in place, from the policy's weights as they are now. The policy is only read."""
         self.allocate()

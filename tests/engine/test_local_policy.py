@@ -146,6 +146,17 @@ def test_the_base_is_never_written_and_copies_stay_in_place():
     assert_same_logits(local, model)
 
 
+def test_memory_is_given_back_until_the_next_refresh():
+    model = adapted(LoraConfig(target_modules=["q_proj"]))
+    local = local_of(model)
+    local.release()
+    queries = [layer.self_attn.q_proj.weight for layer in local.model.model.layers]
+    assert all(q.is_meta for q in queries) and local.has_changed()
+    assert sum(q.nbytes for q in queries) == local.copied_bytes
+    local.refresh()
+    assert_same_logits(local, model)
+
+
 def test_what_is_not_adapted_is_the_trainers_own():
     model = adapted(LoraConfig(target_modules=["q_proj"]))
     local, policy = local_of(model), unwrap(model)
