@@ -1,6 +1,8 @@
 """One process of examples/deepspeed_loop.py; appends what it saw to `<seen>.<rank>` (see distributed/test_deepspeed_loop.py).
 
-torchrun … deepspeed_loop_worker.py SEEN KILLED_AT EXAMPLE_ARGUMENTS…     KILLED_AT: step after whose rollout rank 1 dies; -1: none
+torchrun … deepspeed_loop_worker.py SEEN KILLED_AT ARGUMENTS…
+
+KILLED_AT is the step after whose rollout rank 1 dies, or -1; ARGUMENTS are the example's.
 """
 
 from __future__ import annotations
