@@ -182,16 +182,12 @@ def accelerate_flags(plan: Launch, fields: dict[str, Any]) -> list[str]:
     flags, num_processes = list(plan.flags), plan.num_processes
     if plan.options.num_processes is None:
         flags += ["--num_processes", str(num_processes)]
-    if (
-        plan.kind == "plain" and plan.uses_cpu(fields) and num_processes > 1
-    ):  # by itself it would start one process, or look for MPI
+    if plan.kind == "plain" and plan.uses_cpu(fields) and num_processes > 1:
+        # by itself accelerate would start one process, or look for MPI
         flags = [flag for flag in flags if flag not in ("--cpu", "--multi_gpu")] + ["--multi_gpu"]
     if plan.num_machines > 1:
-        if (
-            plan.kind == "deepspeed"
-            and not plan.starts_other_machines
-            and not plan.options.deepspeed_multinode_launcher
-        ):
+        is_named = plan.options.deepspeed_multinode_launcher is not None
+        if plan.kind == "deepspeed" and not (is_named or plan.starts_other_machines):  # by default it is pdsh
             flags += ["--deepspeed_multinode_launcher", "standard"]
     elif plan["main_process_port"] is None:  # other runs of this machine have theirs
         flags += ["--main_process_port", str(_free_port())]
@@ -200,7 +196,7 @@ def accelerate_flags(plan: Launch, fields: dict[str, Any]) -> list[str]:
 
 def find_accelerate_config(name: str) -> tuple[str, bool]:
     """The path of a file, or of one of TRL's presets; and whether it is a preset."""
-    presets = {path.stem: path for path in (Path(_trl_folder()) / "accelerate_configs").glob("*.yaml")}
+    presets = {path.stem: path for path in sorted((Path(_trl_folder()) / "accelerate_configs").glob("*.yaml"))}
     if Path(name).is_file():
         return name, False
     if name in presets:
@@ -211,7 +207,7 @@ def find_accelerate_config(name: str) -> tuple[str, bool]:
         )
     raise ValueError(
         f"accelerate_config: {name!r} is no file and no known name{did_you_mean(name, presets)} "
-        f"(names: {', '.join(sorted(presets))})"
+        f"(names: {', '.join(presets)})"
     )
 
 

@@ -130,7 +130,9 @@ def autocast_dtype(model: PreTrainedModel, wrapper: nn.Module, args: Any | None)
         wrapper: what the trainer holds: the model, or what has it inside. Accelerate may have wrapped either.
     """
     if args is not None and any("_original_forward" in vars(module) for module in (model, wrapper)):
-        return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        # the launcher's config may ask for it where the trainer's flags do not; older transformers have the flags alone
+        precision = getattr(args, "mixed_precision", "bf16" if args.bf16 else "fp16" if args.fp16 else "no")
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     device_type = model.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 

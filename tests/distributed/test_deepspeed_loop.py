@@ -71,11 +71,14 @@ def test_a_killed_loop_goes_on_from_its_checkpoint_with_the_same_completions(kil
 
 
 @pytest.mark.distributed
-def test_ranks_end_with_equal_weights_gathered_once_per_update(resumed_run):
+def test_ranks_stay_equal_and_gather_once_per_update(resumed_run):
     first, second = (seen[-1] for seen in resumed_run[0])
     assert first["weights"] == second["weights"]
     assert first["gathers"] == second["gathers"] == 3  # two steps, and the rollout after the last one
     assert first["uneven"][0] == 2 and second["uneven"][0] == 0
+    assert (
+        "padded on the left" in first["refused"] and first["refused"] == second["refused"]
+    )  # as it was rank 1's fault
 
 
 @pytest.mark.distributed

@@ -39,7 +39,7 @@ class Run:
 
     @property
     def completions(self) -> list[list[list[int]]]:
-        return [first + second for first, second in zip(*(seen["completions"] for seen in self.seen), strict=True)]
+        return [sum(of_step, []) for of_step in zip(*(seen["completions"] for seen in self.seen), strict=True)]
 
 
 def options(mode: str) -> dict[str, Any]:
@@ -48,11 +48,21 @@ def options(mode: str) -> dict[str, Any]:
     return LEARNING | {"model_init_kwargs": {"dtype": "auto"}} | longer
 
 
-def launch(mode: str, policy: Path, folder: Path, ok: bool = True, timeout: float = 240, **arguments: Any) -> Run:
+def launch(
+    mode: str,
+    policy: Path,
+    folder: Path,
+    ok: bool = True,
+    timeout: float = 240,
+    num_ranks: int = 2,
+    **arguments: Any,
+) -> Run:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(arguments)
-    output = launch_ranks("grpo_ranks_worker.py", policy, folder, mode, text, timeout=timeout, ok=ok)
-    seen = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)] if ok else []
+    output = launch_ranks(
+        "grpo_ranks_worker.py", policy, folder, mode, text, timeout=timeout, ok=ok, num_ranks=num_ranks
+    )
+    seen = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(num_ranks)] if ok else []
     return Run(mode, folder, seen, output)
 
 
@@ -100,6 +110,16 @@ def test_two_ranks_make_the_tokens_of_one(run, alone):
     num_equal = 8 if run.mode.startswith("zero") else len(completions)
     assert run.completions[:num_equal] == completions[:num_equal]
     assert len({tuple(ids) for ids in completions[0]}) == ROWS, "distinct seeds"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("mode", ["ddp", "zero2"])
+def test_four_ranks_make_the_tokens_of_one(mode, policy, alone, tmp_path):
+    batch = {"per_device_train_batch_size": ROWS // 4}
+    deterministic = {"deterministic": True}
+    run = launch(mode, policy, tmp_path, num_ranks=4, timeout=400, options=options(mode) | batch, atlas=deterministic)
+    assert run.completions == alone(mode)[1]
+    assert len({seen["weights"] for seen in run.seen}) == 1
 
 
 def test_rewards_rise(run):

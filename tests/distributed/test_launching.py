@@ -123,7 +123,7 @@ def test_two_machines(run_dir):
     ]
     first, second = (shlex.join([*command, *shared, "--machine_rank", rank]) for rank in "01")
     output = run_killable(
-        ["sh", "-c", f"{first} & first=$!; {second}; echo second $?; wait $first; echo first $?"], 180
+        ["sh", "-c", f"{first} & first=$!; {second}; echo second $?; wait $first; echo first $?"], 300
     )
     assert "second 0" in output and "first 0" in output, output[-3000:]
     assert rollouts(run_dir) == [(0, 0), (0, 1)]

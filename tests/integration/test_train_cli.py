@@ -8,6 +8,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from atlas_rl import last_complete_checkpoint
 from atlas_rl.cli import main
 
 SYMBOLS = "0123456789+-= abcdefghij"
@@ -70,6 +71,21 @@ def test_own_model_data_and_reward(run_dir, capsys):
     assert sum(row["kind"] == "step" for row in rows) == 2
 
 
+def test_latest_goes_on_from_the_newest_complete_checkpoint(run_dir, capsys, caplog):
+    saving = ["--save_strategy", "steps", "--save_steps", "1", "--resume_from_checkpoint"]
+    assert main(["train", "--config", "run.yaml", *saving, "latest"]) == 0
+    assert "No complete checkpoint in out: starting anew" in capsys.readouterr().out
+    (run_dir / "out" / "checkpoint-2" / "trainer_state.json").unlink()
+    assert main(["train", "--config", "run.yaml", *saving, "true"]) == 0
+    assert "Resuming from out/checkpoint-1" in capsys.readouterr().out
+    assert sum("checkpoint-2 is incomplete" in record.getMessage() for record in caplog.records) == 1
+    rows = [json.loads(line) for line in (run_dir / "out" / "rollouts.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "step"] == [1, 2, 2], "the log goes on too"
+    assert last_complete_checkpoint("out").name == "checkpoint-2"
+    assert main(["train", "--config", "run.yaml", *saving, "out/checkpoint-9"]) == 2
+    assert "resume_from_checkpoint" in capsys.readouterr().err
+
+
 def test_interrupt_prints_what_was_done(run_dir, capsys):
     assert main(["train", "--config", "run.yaml", "--reward_funcs", "cli_rewards.interrupted"]) == 130
     captured = capsys.readouterr()
@@ -112,3 +128,16 @@ def test_dataset_saved_to_disk(run_dir):
     flags = ["--dataset_name", "saved", "--output_dir", "out", "--use_cpu", "--bf16", "false"]
     train_dataset, eval_dataset = trl_run.load_datasets(Given.of("grpo", {}, flags).build([]))
     assert len(train_dataset) == 4 and eval_dataset is None
+
+
+def test_rollouts_have_the_precision_that_the_launcher_s_config_asks_for(tiny_policy, tmp_path, monkeypatch):
+    """accelerate's `mixed_precision: bf16` counts for the trainer, whatever its own `bf16` says."""
+    from recipes import make_trainer
+
+    from atlas_rl.integrations.trl import autocast_dtype
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    trainer = make_trainer("GRPOTrainer", tiny_policy, tmp_path, max_steps=1)
+    trainer.train()
+    assert trainer.accelerator.native_amp and not trainer.args.bf16
+    assert autocast_dtype(trainer.model, trainer.model, trainer.args) == torch.bfloat16
