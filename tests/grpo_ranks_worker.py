@@ -97,10 +97,11 @@ class Watch:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.rank = trainer, trainer.accelerator.process_index
+        self.in_rollout = False
         self.changes: list[str] = []
         """Of a rollout, to what it must leave alone."""
         self.gathered: dict[int, Counter[int]] = {}
-        """By step, how often each parameter was gathered, by where its shard lies."""
+        """By step, how often rollouts gathered each parameter, by where its shard lies."""
         self.collectives_in_decoding: Counter[str] = Counter()
         self.decode_steps = 0
         self.frozen = self.hash(p for p in trainer.model.parameters() if not p.requires_grad)
@@ -153,7 +154,9 @@ class Watch:
 
         def watched(hook: GenerateHook, *args: Any, **kwargs: Any) -> Any:
             before = self._state()
+            self.in_rollout = True
             outputs = serve(hook, *args, **kwargs)
+            self.in_rollout = False
             after = self._state()
             self.changes += [name for name in before if before[name] != after[name]]
             return outputs
@@ -171,6 +174,8 @@ class Watch:
 
     def _watch_gathers(self) -> None:
         def count(parameter: Any) -> None:
+            if not self.in_rollout:
+                return
             counts = self.gathered.setdefault(self.trainer.state.global_step, Counter())
             counts[shard(parameter).data_ptr()] += 1
 
