@@ -23,7 +23,6 @@ from atlas_rl.config import AtlasConfig
 from atlas_rl.engine.twin import UnsupportedModel
 from atlas_rl.integrations.hf_generate import Unsupported, sampling_params, token_ids, unpadded
 from atlas_rl.integrations.trl import unwrap
-from atlas_rl.ranks import Ranks
 from atlas_rl.telemetry.stats import RolloutStats
 from atlas_rl.together import agree
 from atlas_rl.types import Rollout, SamplingParams
@@ -95,7 +94,7 @@ class AtlasRollout(RolloutEngine):
         arguments = LoopArguments(seed=seed, output_dir=str(output_dir or ""))
         self.attachment = Attachment(self.model, engine, arguments, config or AtlasConfig())
         self.attachment.follow(LoopState(engine, max_steps))
-        self.has_begun = self.has_ended = False
+        self.has_begun = False
 
     @property
     def stats(self) -> RolloutStats:
@@ -106,8 +105,7 @@ class AtlasRollout(RolloutEngine):
     def generate(self, request: RolloutRequest, sampling: SamplingConfig) -> RolloutBatch:
         """`n_samples_per_prompt` completions of each prompt, prompt after prompt; a completion keeps its EOS.
 
-        The width is that of the longest completion here. `continuous_batch_size` is ignored: rows leave the batch as they finish
-        anyway.
+        `continuous_batch_size` is ignored: rows leave the batch as they finish anyway.
 
         Raises:
             ValueError: a prompt is empty, too long or not padded on the left, or Atlas cannot do exactly what is asked for.
@@ -149,12 +147,7 @@ class AtlasRollout(RolloutEngine):
         self.attachment.save(Path(checkpoint))
 
     def resume(self, checkpoint: str | Path) -> None:
-        """Go on from what `save` wrote, after `engine.load_checkpoint`; all ranks call this.
-
-        Raises:
-            ValueError: there is no such folder.
-        """
-        agree(Ranks.of_run(), "resuming", lambda: _check_folder(Path(checkpoint)))
+        """Go on from what `save` wrote, after `engine.load_checkpoint`; all ranks call this."""
         policy = self.attachment.policy
         policy.free()  # what this process has learned itself is not what the checkpoint's run had
         policy.adaptation, policy.resume_from = None, Path(checkpoint)
@@ -162,20 +155,20 @@ class AtlasRollout(RolloutEngine):
 
     def shutdown(self) -> None:
         """Give the model its own `generate` back, and all memory."""
-        if not self.has_ended:
+        if self.attachment.hook.serve is not None:
             self.attachment.free()
             self.attachment.close()
-            self.has_ended = True
 
     def _plan(self, request: RolloutRequest, sampling: SamplingConfig) -> tuple[list[tuple[int, ...]], SamplingParams]:
-        copies, options = sampling.n_samples_per_prompt, {"do_sample": sampling.temperature > 0}
+        copies = sampling.n_samples_per_prompt
         if copies < 1:
             raise ValueError(f"n_samples_per_prompt must be at least 1, got {copies}")
-        if options["do_sample"]:
-            options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": max(0, sampling.top_k)}
-        lasting = {"max_new_tokens": sampling.max_new_tokens, "eos_token_id": self.eos_ids or None}
+        options = {"max_new_tokens": sampling.max_new_tokens, "eos_token_id": self.eos_ids or None, "do_sample": False}
+        if sampling.temperature > 0:
+            options |= {"do_sample": True, "temperature": sampling.temperature}
+            options |= {"top_p": sampling.top_p, "top_k": max(0, sampling.top_k)}
         prompts = unpadded(request.prompt_ids, request.prompt_attention_mask, None, ())
-        params = sampling_params(self.model, GenerationConfig(**options, **lasting))
+        params = sampling_params(self.model, GenerationConfig(**options))
         return [prompt for prompt in prompts for _ in range(copies)], params
 
     def _autocast(self) -> contextlib.AbstractContextManager:
@@ -196,8 +189,3 @@ class AtlasRollout(RolloutEngine):
             attention_mask=torch.cat([prompt_mask, response_mask], dim=1),
             response_start_idx=torch.full_like(lengths, prompt_ids.shape[1]),
         )
-
-
-def _check_folder(checkpoint: Path) -> None:
-    if not checkpoint.is_dir():
-        raise ValueError(f"there is no checkpoint {checkpoint}: name the folder that engine.load_checkpoint has read")

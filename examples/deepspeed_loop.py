@@ -47,12 +47,11 @@ def main() -> None:
         engine.load_checkpoint(args.output_dir, tag)
         rollout.resume(f"{args.output_dir}/{tag}")
 
-    tasks = list(build_dataset(args.prompts * world_size * args.steps, seed=0))
+    # the same prompts at each step, so that twenty steps show how the policy learns
+    rows = list(build_dataset(args.prompts * world_size, seed=0))[rank * args.prompts : (rank + 1) * args.prompts]
+    inputs = tokenizer([row["prompt"] for row in rows], return_tensors="pt", padding=True).to(engine.device)
     mean_rewards = []
     for step in range(engine.global_steps, args.steps):
-        start = (step * world_size + rank) * args.prompts
-        rows = tasks[start : start + args.prompts]
-        inputs = tokenizer([row["prompt"] for row in rows], return_tensors="pt", padding=True).to(engine.device)
         batch = rollout.generate(RolloutRequest(inputs.input_ids, inputs.attention_mask), sampling)
         rewards = score(tokenizer, batch, [row for row in rows for _ in range(args.samples)])
         engine.backward(policy_loss(engine, batch, rewards.view(-1, args.samples)))
@@ -131,7 +130,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output_dir", default="runs/deepspeed_loop", help="for rollouts.jsonl and checkpoints")
     parser.add_argument("--zero_stage", type=int, default=2, choices=range(4))
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--prompts", type=int, default=4, help="per rank and step")
+    parser.add_argument("--prompts", type=int, default=4, help="of each rank")
     parser.add_argument("--samples", type=int, default=8, help="per prompt")
     parser.add_argument("--max_new_tokens", type=int, default=288)
     parser.add_argument("--learning_rate", type=float, default=1.2e-4)

@@ -1,6 +1,8 @@
 """One process of examples/deepspeed_loop.py; appends what it saw to `<seen>.<rank>` (see distributed/test_deepspeed_loop.py).
 
-torchrun … deepspeed_loop_worker.py SEEN KILLED_AT EXAMPLE_ARGUMENTS…   KILLED_AT: the step after whose rollout rank 1 dies, or -1
+torchrun … deepspeed_loop_worker.py SEEN KILLED_AT ARGUMENTS…
+
+KILLED_AT is the step after whose rollout rank 1 dies, or -1; ARGUMENTS are the example's.
 """
 
 from __future__ import annotations
@@ -38,13 +40,34 @@ class Watched(AtlasRollout):
     def shutdown(self):
         some = torch.tensor([[5, 6, 7], [8, 9, 10]])[: 2 if torch.distributed.get_rank() == 0 else 0]
         batch = super().generate(RolloutRequest(some, torch.ones_like(some)), SAMPLING(max_new_tokens=4))
+        refused = refusal(lambda: super(Watched, self).generate(padded_wrongly_on_rank_1(), SAMPLING(max_new_tokens=4)))
         hashed = hashlib.sha256()
         for parameter in self.engine.module.parameters():
             with zero.GatheredParameters([parameter]):
                 hashed.update(parameter.detach().numpy().tobytes())
         gathers = self.attachment.policy.local.num_gathers
-        tell({"weights": hashed.hexdigest(), "gathers": gathers, "uneven": list(batch.input_ids.shape)})
+        tell(
+            {
+                "weights": hashed.hexdigest(),
+                "gathers": gathers,
+                "uneven": list(batch.input_ids.shape),
+                "refused": refused,
+            }
+        )
         super().shutdown()
+
+
+def padded_wrongly_on_rank_1() -> RolloutRequest:
+    mask = torch.tensor([[1, 1 - torch.distributed.get_rank()]])
+    return RolloutRequest(torch.tensor([[5, 6]]), mask)
+
+
+def refusal(work) -> str:
+    try:
+        work()
+    except ValueError as error:
+        return str(error)
+    return "none"
 
 
 def completions(batch) -> list[list[int]]:

@@ -193,6 +193,11 @@ class Saved:
             raise ValueError(f"it holds no head for {', '.join(sorted(missing))}")
         for name, head in self.heads.items():
             self._apply_drafter(name, head, drafters[name])
+        for drafter in _calibrated(adaptation):
+            if drafter.name in numbers["calibration"]:
+                right_KM, total_KM = drafter.calibration.right_KM, drafter.calibration.total_KM
+                right_KM[:] = np.reshape(numbers["calibration"][drafter.name]["right"], right_KM.shape)
+                total_KM[:] = np.reshape(numbers["calibration"][drafter.name]["total"], total_KM.shape)
         adaptation.distill_steps_left = numbers["distill_steps_left"]
         adaptation.num_updates = numbers["num_updates"]
         if adaptation.retrainer is not None and numbers["retrainer"] is not None:
@@ -216,9 +221,6 @@ class Saved:
         if not all(p.isfinite().all() for p in head.parameters()):
             raise ValueError(f"the weights of {name} are NaN or infinite")
         drafter.head.load_state_dict(head.state_dict())
-        right_KM, total_KM = drafter.calibration.right_KM, drafter.calibration.total_KM
-        right_KM[:] = np.reshape(self.numbers["calibration"][name]["right"], right_KM.shape)
-        total_KM[:] = np.reshape(self.numbers["calibration"][name]["total"], total_KM.shape)
         counts_V = self.tensors[f"vocabulary.{name}.counts"].numpy()
         ids = self.tensors[f"vocabulary.{name}.ids"].numpy()
         if counts_V.shape != (drafter.vocabulary.size,) or not (0 <= ids.min() <= ids.max() < len(counts_V)):
@@ -236,14 +238,19 @@ def _numbers(adaptation: Adaptation, engine: RolloutEngine | None) -> dict[str, 
         "distill_steps_left": adaptation.distill_steps_left,
         "num_updates": adaptation.num_updates,
         "calibration": {
-            name: {"right": d.calibration.right_KM.tolist(), "total": d.calibration.total_KM.tolist()}
-            for name, d in drafters.items()
+            d.name: {"right": d.calibration.right_KM.tolist(), "total": d.calibration.total_KM.tolist()}
+            for d in _calibrated(adaptation)
         },
         "controller": None if engine is None else engine.controller.state_dict(),
         "trust": {} if engine is None else {n: [t.accepted, t.expected] for n, t in engine.speculator.trust.items()},
         "retrainer": None if retrainer is None else retrainer.state_dict(),
         "heads": sorted(drafters),
     }
+
+
+def _calibrated(adaptation: Adaptation) -> list[Any]:
+    """Drafters that know how often which of their drafts is right; also one whose weights are not saved, as they never change."""
+    return [drafter for drafter in adaptation.drafters.all if hasattr(drafter, "calibration")]
 
 
 def _take_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
