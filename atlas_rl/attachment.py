@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from atlas_rl.adapt.adaptation import Adaptation
-from atlas_rl.checkpoints import reopen
+from atlas_rl.checkpoints import FOLDER, reopen
 from atlas_rl.config import AtlasConfig
 from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.twin import UnsupportedModel, unsupported_reason
@@ -223,16 +223,31 @@ class Attachment:
 
     # ---- figures ---------------------------------------------------------------------------------------------------------
 
-    def begin_run(self) -> None:
-        """Training begins; the trainer has switched the recomputation of activations on."""
+    def begin_run(self, resume_from: Path | None = None) -> None:
+        """Training begins; the trainer has switched the recomputation of activations on.
+
+        Args:
+            resume_from: the checkpoint that it goes on from.
+        """
         self.checkpointing = CheckpointingFlags(self.model)
-        if self.args is not None and self.state is not None and self.state.global_step:
-            self.policy.resume_from = last_checkpoint(self.args, self.state.global_step)
+        self.in_step = self.is_first_of_step = False
+        self.met_step = None
+        self.calls.clear()
+        self.policy.begin_run(resume_from)
         # every rank passes here: none may write a row before rank 0 has put an earlier run's log aside
         agree(Ranks.of_run(), "the start of training", self._begin_run)
 
     def _begin_run(self) -> None:
         self.open_log()
+        resume_from = self.policy.resume_from
+        if resume_from is not None and rank() == 0 and not (resume_from / FOLDER).is_dir():
+            lost = f"{resume_from} holds no folder {FOLDER}/: drafters start anew"
+            if self.config.deterministic:
+                raise ValueError(
+                    f"{lost}, and the run would not repeat. Name the checkpoint in the trainer's argument resume_from_checkpoint "
+                    "as well, or set deterministic=False"
+                )
+            logger.warning(lost)
         self.policy.check_fits()
 
     def open_log(self) -> None:
@@ -258,6 +273,7 @@ class Attachment:
     def begin_step(self) -> None:
         self.checkpointing = CheckpointingFlags(self.model)
         self.step_start, self.in_step, self.is_first_of_step = time.perf_counter(), True, True
+        self.calls["train"] = (self._step(), 0)  # a callback on some ranks may have generated before
 
     def end_step(self) -> None:
         """Write the row of an optimizer step."""
@@ -278,7 +294,7 @@ class Attachment:
         metrics = {name: row[name] for name in names if name in row}
         metrics["seconds"] = row["seconds"]["total"]
         if stats.tokens_of_all_ranks:  # rank 0 logs for the run, which waits for the slowest
-            metrics["tokens_per_s"] = stats.tokens_of_all_ranks / (metrics["seconds"] + stats.rank_idle_seconds)
+            metrics["tokens_per_s"] = stats.tokens_of_all_ranks / stats.slowest_rank_seconds
         for name, counts in row.get("drafters", {}).items():
             if "acceptance" in counts:  # of an arm's drafters one may never have been the better one
                 metrics[f"{name}_acceptance"] = counts["acceptance"]

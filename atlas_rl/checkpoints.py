@@ -84,6 +84,11 @@ def check_saving(args: Any, deterministic: bool = False, save_steps: float | Non
     Raises:
         ValueError: `deterministic`, and checkpoints would fall inside a generation.
     """
+    if deterministic and _save_strategy(args) != "no" and args.save_only_model:
+        raise ValueError(
+            "save_only_model: with deterministic: true checkpoints need the optimizer and the random state, without which a "
+            "resumed run does not repeat: set save_only_model: false"
+        )
     # an epoch ends between two generations
     name = {"steps": "save_steps", "best": "eval_steps"}.get(_save_strategy(args))
     steps_per_generation = getattr(args, "steps_per_generation", None)
@@ -106,9 +111,13 @@ def check_saving(args: Any, deterministic: bool = False, save_steps: float | Non
         )
 
 
-def warn_of_total_limit(args: Any) -> None:
-    """transformers deletes older checkpoints before callbacks, and so Atlas, have saved theirs."""
-    if _save_strategy(args) != "no" and args.save_total_limit == 1:
+def warn_of_saving(args: Any) -> None:
+    """transformers deletes older checkpoints before callbacks, and so Atlas, have saved theirs; or saves only weights."""
+    if _save_strategy(args) == "no":
+        return
+    if args.save_only_model:
+        logger.warning("save_only_model: a run that is resumed from such a checkpoint starts with a new optimizer")
+    if args.save_total_limit == 1:
         logger.warning(
             "save_total_limit: 1 deletes the last checkpoint before the next is complete: a run that ends in between cannot be "
             "resumed. Set it to 2"

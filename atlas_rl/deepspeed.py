@@ -113,9 +113,7 @@ class AtlasRollout(RolloutEngine):
         """
         attachment, policy = self.attachment, self.attachment.policy
         if not self.has_begun:
-            resume_from = policy.resume_from
-            attachment.begin_run()
-            policy.resume_from = resume_from  # and not where a trainer would have put its checkpoint
+            attachment.begin_run(policy.resume_from)
             self.has_begun = True
         if not attachment.in_step:
             attachment.begin_step()
@@ -151,6 +149,7 @@ class AtlasRollout(RolloutEngine):
         policy = self.attachment.policy
         policy.free()  # what this process has learned itself is not what the checkpoint's run had
         policy.adaptation, policy.resume_from = None, Path(checkpoint)
+        self.attachment.met_step = None
         self.attachment.calls.clear()
 
     def shutdown(self) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from atlas_rl.attachment import Attachment
-from atlas_rl.checkpoints import check_saving, warn_of_total_limit
+from atlas_rl.attachment import Attachment, last_checkpoint
+from atlas_rl.checkpoints import check_saving, warn_of_saving
 from atlas_rl.config import AtlasConfig
 from atlas_rl.engine.twin import UnsupportedModel
 from atlas_rl.integrations.hf_generate import Unsupported, sampling_params, token_ids
@@ -197,11 +197,14 @@ class AtlasRolloutGenerator(TrainerCallback):
         self.attachment.follow(state)
         check_saving(args, self.config.deterministic, state.save_steps)
         if state.is_world_process_zero:
-            warn_of_total_limit(args)
-        self.attachment.begin_run()
+            warn_of_saving(args)
+        self.attachment.begin_run(last_checkpoint(args, state.global_step) if state.global_step else None)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         self.attachment.begin_step()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self.attachment.is_first_of_step = False  # whatever generates now is not the trainer
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.attachment.end_step()
@@ -209,6 +212,10 @@ class AtlasRolloutGenerator(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
         self._before_save(args, state, control)
+
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        if args.save_strategy == "best":  # the trainer decides later, and tells nobody
+            self.attachment.before_save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def _before_save(self, args, state, control) -> None:
         if control.should_save:

@@ -53,13 +53,12 @@ class Ranks:
             Exception: `error` itself, on the rank that gave it.
             RankFailed: another rank gave one.
         """
-        if error is not None and (self.size == 1 or isinstance(error, RankFailed) or hasattr(error, "is_told")):
+        if error is not None and (self.size == 1 or self.know(error)):
             raise error
         if self.size == 1:
             return [value]
         mine = (None if error is None else f"{type(error).__name__}: {error}", what, value)
-        told: list[Any] = [None] * self.size
-        dist.all_gather_object(told, mine)
+        told = self._all_gather(mine)
         if error is not None:
             error.is_told = True
             raise error
@@ -68,6 +67,16 @@ class Ranks:
                 raise RankFailed(f"rank {rank} failed in {where}: {failure}")
         assert {where for _, where, _ in told} == {what}, f"ranks have lost step: {told}"
         return [value for _, _, value in told]
+
+    def _all_gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    @staticmethod
+    def know(error: Exception) -> bool:
+        """Whether all ranks have heard of this error."""
+        return isinstance(error, RankFailed) or hasattr(error, "is_told")
 
     def from_first(self, value: Any) -> Any:
         """Rank 0's value."""

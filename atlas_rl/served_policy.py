@@ -83,13 +83,14 @@ class ServedPolicy:
             ValueError: what has to be copied does not fit.
         """
         start = time.perf_counter()
-        if self.local is not None and self.local.is_collective:
+        is_sharded = self.local is not None and self.local.is_collective
+        if is_sharded:
             agree(ranks, "making room for the policy", lambda: self._make_room(step, ranks))
-            self._copy(step)
         engine = agree(ranks, "building the engine", lambda: self._built(step, ranks))
         if step != self.taken_step:  # an optimizer step may write where neither counters nor sums show it
             engine.weights_changed = True
-            self.taken_step = step
+            # what one rank has taken alone, from weights that were whole around its call, the others have not
+            self.taken_step = None if is_sharded and ranks.size < Ranks.of_run().size else step
         engine.unbilled["refresh"] += time.perf_counter() - start
         if self.resume_from is not None and (ranks.size > 1 or self.ranks.size == 1):
             self._resume(engine)
@@ -107,6 +108,13 @@ class ServedPolicy:
             longest = getattr(self.args, "max_completion_length", None) or 1
             shape = kv_shape(self.model, self.model.dtype, self.config.engine.block_size)
             self.local.check_fits(-(-longest // shape.block_size) * shape.block_bytes)
+
+    def begin_run(self, resume_from: Path | None) -> None:
+        """Training begins, maybe again: whatever weights were taken before are not to be relied on."""
+        self.taken_step, self.resume_from = None, resume_from
+        if self.local is not None and self.local.is_collective:  # its parameters may have been replaced
+            self.free()
+            self.local = None
 
     def free(self) -> None:
         """Drop the twin and its weight copies; what the drafters know stays."""
@@ -137,16 +145,12 @@ class ServedPolicy:
         self.local.check_fits()
         self.local.allocate()
 
-    def _copy(self, step: int) -> None:
-        """Collective, where weights are sharded."""
+    def _built(self, step: int, ranks: Ranks) -> RolloutEngine:
+        """The engine over current weights: collective, where they are sharded."""
+        self._make_room(step, ranks)
         if self._is_stale(step):
             self.local.refresh()
             self.taken_step = None  # the engine has to hear of it
-
-    def _built(self, step: int, ranks: Ranks) -> RolloutEngine:
-        if self.local is None or not self.local.is_collective:
-            self._make_room(step, ranks)
-            self._copy(step)
         return self._keep_engine()
 
     def _is_stale(self, step: int) -> bool:
@@ -174,7 +178,7 @@ class ServedPolicy:
                     self.adaptation = self._build_adaptation(view)
                 self.engine, self.engine_key = RolloutEngine(view, self.config, self.adaptation.drafters.all), key
                 self.adaptation.attach(self.engine)
-            if self.args is not None and not self.config.deterministic:  # a run has many rollouts to gain it back
+            if self.remaining is not None and not self.config.deterministic:  # a run has many rollouts to gain it back
                 calibrate(self.engine)
         return self.engine
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from atlas_rl.engine.engine import RolloutEngine
@@ -57,12 +58,16 @@ def generate_together(
     start = time.perf_counter()
     try:
         requests = engine.checked(requests)  # here, where their numbers are the caller's
-        units = describe(requests, lengths) if balance else None
+        units = describe(requests, lengths)
     except Exception as error:
         ranks.meet("sharing out a rollout", error=error)
         raise
-    told = ranks.meet("sharing out a rollout", units)
-    plan = make_plan(ranks.rank, told, requests) if balance else None
+    # who makes another's completions has to sample as that one does; limits of length travel with the requests
+    told = ranks.meet(
+        "sharing out a rollout", (units, replace(sampling, max_new_tokens=max(1, sampling.min_new_tokens)))
+    )
+    can_move = balance and all(theirs == told[0][1] for _, theirs in told)
+    plan = make_plan(ranks.rank, [units for units, _ in told], requests) if can_move else None
     here = requests if plan is None else send(ranks, plan)
     engine.unbilled["exchange"] += time.perf_counter() - start
     try:
@@ -74,12 +79,14 @@ def generate_together(
     busy = stats.seconds["total"]
     told = ranks.meet("a rollout", (busy, outcome(rollouts)))
     start = time.perf_counter()
-    stats.rank_idle_seconds = max(seconds for seconds, _ in told) - busy
+    stats.slowest_rank_seconds = max(seconds for seconds, _ in told)
+    stats.rank_idle_seconds = stats.slowest_rank_seconds - busy
     outcomes = [lens for _, lens in told]
     lengths.record_all(outcomes)
     stats.tokens_of_all_ranks = sum(int(lens[2].sum()) for lens in outcomes)
     if plan is not None:
         stats.moved_samples = plan.moved_samples
+        stats.expected_idle = {"without": plan.idle_before, "with": plan.idle_after}
         rollouts = give_back(ranks, plan, rollouts)
     stats.bill("exchange", time.perf_counter() - start)
     return rollouts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from atlas_rl.ranks import RankFailed, Ranks
+from atlas_rl.ranks import Ranks
 
 
 class ThreadRanks(Ranks):
@@ -27,19 +28,12 @@ class ThreadRanks(Ranks):
         self.barrier.wait(timeout=60)  # nobody may write again before all have read
         return told
 
-    def meet(self, what: str, value: Any = None, error: Exception | None = None) -> list[Any]:
-        told = self.gather((error, what, value))
-        if error is not None:
-            raise error
-        for rank, (failure, where, _) in enumerate(told):
-            if failure is not None:
-                raise RankFailed(f"rank {rank} failed in {where}: {type(failure).__name__}: {failure}")
-        assert {where for _, where, _ in told} == {what}, f"ranks have lost step: {told}"
-        return [value for _, _, value in told]
+    def _all_gather(self, value: Any) -> list[Any]:
+        return self.gather(value)
 
     def from_first(self, value: Any) -> Any:
         self.num_transfers += 1
-        return self.gather(value)[0]
+        return copy.deepcopy(self.gather(value)[0])
 
     def exchange(self, to_each: Sequence[np.ndarray]) -> list[np.ndarray]:
         assert len(to_each) == self.size and all(part.dtype == np.int64 for part in to_each)

@@ -137,6 +137,8 @@ class Adaptation:
         try:
             self._update(engine, report)
         except Exception as error:  # a drafter is never worth a rollout; all ranks come here if one does
+            if self.ranks.size > 1 and not self.ranks.know(error):
+                raise
             tells = self.ranks.rank == 0 or not isinstance(error, RankFailed)
             if self.distill_steps_left:
                 if tells:

@@ -15,7 +15,6 @@ A run of another number of ranks takes what there is in turn. All ranks resume f
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 import shutil
@@ -98,22 +97,24 @@ def load_state(
         extra: takes the arrays that were kept beside.
     """
     folder, ranks = checkpoint / FOLDER, adaptation.ranks
-    saved, fault = None, None
-    if folder.exists():
-        saved, fault = _tried(lambda: Saved.read(folder, adaptation.trained, ranks.rank))
-    found = ranks.meet("reading the drafters' state", (None if saved is None else saved.digest, fault))
-    if found == [(None, None)] * ranks.size:
+    ranks.meet("reading the drafters' state")
+    found: tuple[Saved | None, str | None] = (None, None)
+    if ranks.rank == 0 and folder.exists():  # other machines may not have it
+        found = _tried(lambda: Saved.read(folder, adaptation.trained))
+    saved, fault = ranks.from_first(found)
+    if saved is None and fault is None:
         return False
-    faults = [fault or (None if digest == found[0][0] else "it is not what rank 0 has") for digest, fault in found]
     adaptation.add_up_words()
     before = Saved.of(adaptation, engine)
-    if not any(faults):
+    faults = [fault]
+    if saved is not None:
+        saved.take_numbers_of(ranks.rank)
         faults = ranks.meet("resuming the drafters", _tried(lambda: saved.apply(adaptation, engine))[1])
     if any(faults):
         before.apply(adaptation, engine)
-        if ranks.rank == 0 or faults[ranks.rank]:
-            fault = faults[ranks.rank] or "; ".join(f"rank {i}: {what}" for i, what in enumerate(faults) if what)
-            logger.warning("the drafters start anew: %s cannot be used (%s)", folder, fault)
+        if ranks.rank == 0:
+            told = dict.fromkeys(fault for fault in faults if fault)
+            logger.warning("the drafters start anew: %s cannot be used (%s)", folder, "; ".join(told))
         return False
     adaptation.is_joined = False
     if extra is not None:
@@ -136,8 +137,6 @@ class Saved:
     numbers: dict[str, Any]
     tensors: dict[str, torch.Tensor]
     heads: dict[str, DraftHead]
-    digest: str | None = None
-    """Of the numbers as they were read, which no two checkpoints have in common."""
 
     @classmethod
     def of(
@@ -166,15 +165,16 @@ class Saved:
         return cls(numbers, tensors, {name: copy.deepcopy(d.head) for name, d in drafters.items()})
 
     @classmethod
-    def read(cls, folder: Path, drafters: Iterable[str], rank: int) -> Saved:
-        text = (folder / STATE).read_text()
-        numbers = json.loads(text)
+    def read(cls, folder: Path, drafters: Iterable[str]) -> Saved:
+        numbers = json.loads((folder / STATE).read_text())
         if numbers["version"] != VERSION:
             raise ValueError(f"it is of version {numbers['version']}, this is {VERSION}")
-        of_ranks = [{name: numbers[name] for name in OF_RANK}, *numbers["ranks"]]
-        numbers |= of_ranks[rank % len(of_ranks)]
         heads = {name: load_head(folder / name) for name in drafters if name in numbers["heads"]}
-        return cls(numbers, load_file(folder / TENSORS), heads, hashlib.blake2b(text.encode()).hexdigest())
+        return cls(numbers, load_file(folder / TENSORS), heads)
+
+    def take_numbers_of(self, rank: int) -> None:
+        of_ranks = [{name: self.numbers[name] for name in OF_RANK}, *self.numbers["ranks"]]
+        self.numbers.update(of_ranks[rank % len(of_ranks)])
 
     @property
     def extra(self) -> dict[str, np.ndarray]:

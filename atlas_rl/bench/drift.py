@@ -50,8 +50,8 @@ class Mode:
 
     def __init__(self, name: str, policy: PreTrainedModel, static_drafter: str, num_steps: int) -> None:
         self.name = name
-        self.attachment = Attachment(policy, None, replace(MODES[name], static_drafter=static_drafter))
-        self.attachment.state = SimpleNamespace(global_step=0, max_steps=num_steps)
+        self.attachment = Attachment(policy, policy, None, replace(MODES[name], static_drafter=static_drafter))
+        self.attachment.follow(SimpleNamespace(global_step=0, max_steps=num_steps))
         self.engine = self.attachment.ready_engine()
         self.drafters = self.attachment.adaptation.drafters
 

@@ -111,8 +111,8 @@ def _measure_rank(rank: int, num_processes: int, backend: str, megabytes: int, f
         torch.cuda.set_device(rank)
     dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_processes)
     ranks = Ranks.of_run()
-    shard = torch.ones(megabytes * 2**20 // (4 * num_processes), device=ranks.device)
-    full = torch.empty(shard.numel() * num_processes, device=ranks.device)
+    shard = torch.ones(megabytes * 2**20 // (4 * num_processes), device=ranks.devices[0])
+    full = torch.empty(shard.numel() * num_processes, device=ranks.devices[0])
     others = (num_processes - 1) / num_processes
     costs = {
         "gather": others * full.nbytes / _seconds(lambda: dist.all_gather_into_tensor(full, shard)),

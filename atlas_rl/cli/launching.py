@@ -250,7 +250,7 @@ def _parse(flags: list[str], script: list[str]) -> Any:
     from accelerate.commands.launch import launch_command_parser
 
     parser = launch_command_parser()
-    parser.error = _raise_value_error
+    parser.error = raise_value_error
     return parser.parse_args([*flags, "--module", "atlas_rl", *script])
 
 
@@ -259,7 +259,7 @@ def _one_word_each(flags: list[str]) -> list[str]:
     return [word for flag in flags for word in (flag.split("=", 1) if flag.startswith("--") else [flag])]
 
 
-def _raise_value_error(message: str) -> NoReturn:
+def raise_value_error(message: str) -> NoReturn:
     raise ValueError(message)
 
 

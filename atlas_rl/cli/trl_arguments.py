@@ -6,9 +6,10 @@ import warnings
 from argparse import ArgumentParser
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any
 
 from atlas_rl.cli import did_you_mean
+from atlas_rl.cli.launching import raise_value_error
 
 OUR_FIELDS = ("config", "atlas")
 
@@ -47,7 +48,7 @@ class Given:
         """Fields of a YAML (without `atlas` and `env`), overridden by the command line."""
         parser = import_module(f"trl.scripts.{trainer}").make_parser(prog=f"atlas-rl train {trainer}")
         parser.allow_abbrev = False
-        parser.error = _raise_value_error
+        parser.error = raise_value_error
         names = {action.dest for action in parser._actions}
         launcher = _launcher_parser()
 
@@ -143,7 +144,3 @@ def _without(argv: list[str], removed: list[str]) -> list[str]:
         else:
             rest.append(token)
     return rest
-
-
-def _raise_value_error(message: str) -> NoReturn:
-    raise ValueError(message)

@@ -19,6 +19,7 @@ from atlas_rl.cli.trl_arguments import TrlArguments
 from atlas_rl.config import AtlasConfig
 from atlas_rl.ranks import Ranks
 from atlas_rl.telemetry.summary import summarize_run
+from atlas_rl.together import agree
 
 
 def train(arguments: TrlArguments, atlas: AtlasConfig) -> None:
@@ -48,8 +49,12 @@ def checkpoint_to_resume(training: Any) -> str | None:
     if not choice:
         return None
     ranks = Ranks.of_run()
-    found = last_complete_checkpoint(training.output_dir) if ranks.rank == 0 else None
-    found = ranks.from_first(None if found is None else str(found))
+    newest = agree(
+        ranks,
+        "looking for a checkpoint",
+        lambda: last_complete_checkpoint(training.output_dir) if ranks.rank == 0 else None,
+    )
+    found = ranks.from_first(None if newest is None else str(newest))
     if ranks.rank == 0:
         print(f"Resuming from {found}" if found else f"No complete checkpoint in {training.output_dir}: starting anew")
     return found

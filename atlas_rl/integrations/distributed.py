@@ -64,8 +64,9 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
 
 
-def refuse_flat_parameters(model: nn.Module) -> None:
-    """FSDP1 concatenates the parameters of a module, with nothing left to gather one by one.
+def refuse_other_shards(model: nn.Module) -> None:
+    """FSDP1 concatenates the parameters of a module, with nothing left to gather one by one. Ranks that are tensor-parallel work
+    on the same prompts, where ours would each sample completions of their own.
 
     Raises:
         UnsupportedModel
@@ -74,6 +75,9 @@ def refuse_flat_parameters(model: nn.Module) -> None:
     is_fsdp2 = any(isinstance(module, FSDPModule) for module in model.modules())
     if is_managed and not is_fsdp2 and not any(isinstance(p, DTensor) for p in model.parameters()):
         raise UnsupportedModel("FSDP1 has flattened its parameters: set fsdp_version: 2 in the accelerate config")
+    meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
+    if any("tp" in (mesh.mesh_dim_names or ()) for mesh in meshes):
+        raise UnsupportedModel("it is tensor-parallel")
 
 
 def show_shards(model: nn.Module) -> None:

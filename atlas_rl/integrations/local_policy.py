@@ -26,7 +26,7 @@ from atlas_rl.integrations.distributed import (
     is_sharded,
     needs_gathering,
     plain_class,
-    refuse_flat_parameters,
+    refuse_other_shards,
     show_shards,
 )
 from atlas_rl.integrations.peft import Place, adapter_state, check_mergeable, merged_parameters, plain_modules
@@ -111,7 +111,7 @@ class LocalPolicy:
     @classmethod
     def of(cls, policy: PreTrainedModel) -> LocalPolicy | None:
         """None where the policy's own tensors are usable as they are: one process, DDP, ZeRO-1 and 2, without adapters."""
-        refuse_flat_parameters(policy)
+        refuse_other_shards(policy)
         is_plain = all(
             name_now == name and place.module is module and place.tuner is None
             for (name_now, place), (name, module) in zip(plain_modules(policy).items(), policy.named_modules())
@@ -162,7 +162,7 @@ class LocalPolicy:
         """
         if self.is_allocated:
             return
-        passing = max((sum(_num_bytes(p) for p in _sharded_sources(bucket)) for bucket in self.buckets), default=0)
+        passing = max((_passing_bytes(bucket) for bucket in self.buckets), default=0)
         free = free_bytes(self.device)
         if self.copied_bytes + passing + kv_bytes > free:
             gib = [f"{n / 2**30:.3g} GiB" for n in (self.copied_bytes, passing, free, kv_bytes)]
@@ -204,14 +204,23 @@ class LocalPolicy:
         self.is_allocated, self.written = False, None
 
     def refresh(self) -> None:
-        """Rewrite the copies, in place, from the policy's weights as they are now. The policy is only read."""
+        """Rewrite the copies, in place, from the policy's weights as they are now. The policy is only read.
+
+        What fails on this rank is raised at the end, when others no longer wait for it.
+        """
         self.allocate()
+        failure: Exception | None = None
         with torch.inference_mode(False), torch.no_grad():
             self.num_gathers += self.needs_gathering()
             for bucket in self.buckets:
                 with gathered(list({id(p): p for part in bucket for p in part.sources}.values())) as full:
-                    for part in bucket:
-                        part.write(full)
+                    try:
+                        for part in bucket:
+                            part.write(full)
+                    except Exception as error:
+                        failure = failure or error
+            if failure is not None:
+                raise failure
             if self.is_collective:
                 self.gathered_bytes += self.copied_bytes
             else:
@@ -232,6 +241,11 @@ def _value_of(source: nn.Parameter, full: Mapping[int, torch.Tensor]) -> Mapping
 
 def _sharded_sources(parts: list[Part]) -> list[nn.Parameter]:
     return list({id(p): p for part in parts for p in part.sources if is_sharded(p)}.values())
+
+
+def _passing_bytes(bucket: list[Part]) -> int:
+    """What is gathered at a time, and an adapted layer's clone to merge into."""
+    return sum(_num_bytes(p) for p in _sharded_sources(bucket)) + max(part.num_bytes for part in bucket)
 
 
 def _num_bytes(parameter: nn.Parameter) -> int:

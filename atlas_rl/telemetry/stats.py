@@ -55,6 +55,10 @@ class RolloutStats:
     """That this rank waited for the slowest at the end of a rollout; None where ranks did not meet."""
     tokens_of_all_ranks: int = 0
     """Completion tokens of a rollout at whose end ranks met; 0 where they did not."""
+    slowest_rank_seconds: float = 0.0
+    """Of that rollout, on the rank that took longest."""
+    expected_idle: dict[str, float] | None = None
+    """Share of the ranks' time that they were expected to wait, `with` groups changing ranks and `without`."""
     moved_samples: int = 0
     """Completions that were made on another rank than the one that asked for them, over all ranks."""
     device_seconds: float = 0.0
@@ -103,6 +107,7 @@ class RolloutStats:
                 mine.proposed += counts.proposed
                 mine.accepted += counts.accepted
             result.device_seconds += part.device_seconds
+            result.slowest_rank_seconds += part.slowest_rank_seconds
             result.kv_peak_bytes = max(result.kv_peak_bytes, part.kv_peak_bytes)
             result.arms += part.arms
             result.draft_vocabulary = part.draft_vocabulary or result.draft_vocabulary
@@ -149,6 +154,8 @@ class RolloutStats:
         if self.rank_idle_seconds is not None:
             row["rank_idle_s"] = round(self.rank_idle_seconds, 6)
             row["moved_samples"] = self.moved_samples
+        if self.expected_idle is not None:
+            row["expected_idle"] = {name: round(share, 4) for name, share in self.expected_idle.items()}
         if total > 0 and self.completion_tokens:
             row["tokens_per_s"] = self.completion_tokens / total
         if self.row_steps:

@@ -16,7 +16,7 @@ from atlas_rl.checkpoints import (
     check_saving,
     is_complete,
     reopen,
-    warn_of_total_limit,
+    warn_of_saving,
 )
 
 
@@ -84,6 +84,7 @@ def saving(**options) -> SimpleNamespace:
         "save_strategy": "steps",
         "save_steps": 500,
         "save_total_limit": None,
+        "save_only_model": False,
         "max_steps": 20,
         "gradient_accumulation_steps": 1,
         "steps_per_generation": 1,
@@ -126,9 +127,17 @@ def test_what_the_trainer_has_made_of_save_steps_counts():
         check_saving(saving(num_iterations=2, save_steps=0.1, max_steps=-1), True, save_steps=3)
 
 
+def test_weights_alone_are_no_checkpoint_to_repeat_a_run_from(caplog):
+    with pytest.raises(ValueError, match="set save_only_model: false"):
+        check_saving(saving(save_only_model=True), deterministic=True)
+    check_saving(saving(save_only_model=True, save_strategy="no"), deterministic=True)
+    warn_of_saving(saving(save_only_model=True))
+    assert "new optimizer" in caplog.text
+
+
 def test_a_total_limit_of_one_is_warned_of(caplog):
-    warn_of_total_limit(saving(save_total_limit=2))
-    warn_of_total_limit(saving(save_total_limit=1, save_strategy="no"))
+    warn_of_saving(saving(save_total_limit=2))
+    warn_of_saving(saving(save_total_limit=1, save_strategy="no"))
     assert not caplog.records
-    warn_of_total_limit(saving(save_total_limit=1))
+    warn_of_saving(saving(save_total_limit=1))
     assert "Set it to 2" in caplog.text
