@@ -6,7 +6,6 @@ import hashlib
 import logging
 import struct
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from atlas_rl.integrations.trl import (
 )
 from atlas_rl.ranks import Ranks
 from atlas_rl.served_policy import ServedPolicy
-from atlas_rl.telemetry.log import RolloutLog, keep_earlier_log
+from atlas_rl.telemetry.ledger import Ledger
 from atlas_rl.telemetry.stats import RolloutStats
 from atlas_rl.together import agree, generate_together
 from atlas_rl.types import Rollout, RolloutRequest, SamplingParams
@@ -62,14 +61,9 @@ class Attachment:
         self.state: Any | None = None
         """The trainer's live state; the one seen in `on_init_end` is not the one that trains."""
         self.policy = ServedPolicy(model, wrapper, args, config, self._base_seed)
-        self.log: RolloutLog | None = None
-        self.stats = RolloutStats()
+        self.ledger = Ledger()
         self.calls: dict[str, tuple[int, int]] = {}
         """By phase, the step of the last generate call and how many there have been within it."""
-        self.unlogged: dict[str, RolloutStats] = {}
-        """By phase, the sums since `Trainer.log` last took them."""
-        self.step_stats: RolloutStats | None = None
-        self.step_start = time.perf_counter()
         self.in_step = False
         self.is_first_of_step = False
         """Whether the next call within this optimizer step is its first: the one that all ranks make."""
@@ -87,6 +81,11 @@ class Attachment:
         self.hook.restore()
         self.gathering.restore()
         LogHook.release()
+
+    @property
+    def stats(self) -> RolloutStats:
+        """Of the last rollout."""
+        return self.ledger.stats
 
     @property
     def engine(self) -> RolloutEngine | None:
@@ -143,7 +142,8 @@ class Attachment:
             for i, (prompt, max_len) in enumerate(zip(rows, sampling.max_lens(len(rows)), strict=True))
         ]
         row = call.place | ({"gathered_bytes": gathered} if gathered else {})
-        return self._recorded(row, lambda: self._completed(engine, call, requests, sampling), lambda: engine.stats)
+        self.open_log()
+        return self.ledger.record(row, lambda: self._completed(engine, call, requests, sampling), lambda: engine.stats)
 
     def ready_engine(self, ranks: Ranks | None = None) -> RolloutEngine:
         """The engine for the model as it is now."""
@@ -208,7 +208,9 @@ class Attachment:
             stats.seconds["total"] = time.perf_counter() - start
             return stats
 
-        return self._recorded(call.place | {"fallback": reason}, lambda: self.hook.original(*args, **kwargs), timed)
+        self.open_log()
+        row = call.place | {"fallback": reason}
+        return self.ledger.record(row, lambda: self.hook.original(*args, **kwargs), timed)
 
     # ---- seeds -----------------------------------------------------------------------------------------------------------
 
@@ -221,7 +223,7 @@ class Attachment:
     def _base_seed(self) -> int:
         return torch.initial_seed() if self.args is None else self.args.seed
 
-    # ---- figures ---------------------------------------------------------------------------------------------------------
+    # ---- the run ---------------------------------------------------------------------------------------------------------
 
     def begin_run(self, resume_from: Path | None = None) -> None:
         """Training begins; the trainer has switched the recomputation of activations on.
@@ -255,11 +257,7 @@ class Attachment:
         path = self.config.log_path
         if path is None and self.args is not None and self.args.output_dir:
             path = f"{self.args.output_dir}/rollouts.jsonl"
-        if self.log is not None or path is None:
-            return
-        if rank() == 0 and self.state is not None and self.state.global_step == 0:
-            keep_earlier_log(path)
-        self.log = RolloutLog(path)
+        self.ledger.open(path, rank() == 0 and self.state is not None and self.state.global_step == 0)
 
     def before_save(self, checkpoint: Path) -> None:
         """The trainer is about to write a checkpoint, maybe over an earlier run's."""
@@ -272,53 +270,17 @@ class Attachment:
 
     def begin_step(self) -> None:
         self.checkpointing = CheckpointingFlags(self.model)
-        self.step_start, self.in_step, self.is_first_of_step = time.perf_counter(), True, True
+        self.ledger.begin_step()
+        self.in_step = self.is_first_of_step = True
         self.calls["train"] = (self._step(), 0)  # a callback on some ranks may have generated before
 
     def end_step(self) -> None:
-        """Write the row of an optimizer step."""
         self.in_step = False
-        row = {"kind": "step", "phase": "train", "step": self.state.global_step, "rank": rank()}
-        row["step_seconds"] = round(time.perf_counter() - self.step_start, 6)
-        # a step may train on an earlier step's rollouts, and have none of its own
-        self._write(row | (self.step_stats.to_dict() if self.step_stats else {}))
-        self.step_stats = None
+        self.open_log()
+        self.ledger.end_step(self._step(), rank())
 
     def pop_metrics(self, phase: str) -> dict[str, float]:
-        """Figures since the last call, named as the trainer's metrics are."""
-        stats = self.unlogged.pop(phase, None)
-        if stats is None:
-            return {}
-        row = stats.to_dict()
-        names = ("tokens_per_s", "tokens_per_decode_step", "speedup_estimate", "rank_idle_s")
-        metrics = {name: row[name] for name in names if name in row}
-        metrics["seconds"] = row["seconds"]["total"]
-        if stats.tokens_of_all_ranks:  # rank 0 logs for the run, which waits for the slowest
-            metrics["tokens_per_s"] = stats.tokens_of_all_ranks / stats.slowest_rank_seconds
-        for name, counts in row.get("drafters", {}).items():
-            if "acceptance" in counts:  # of an arm's drafters one may never have been the better one
-                metrics[f"{name}_acceptance"] = counts["acceptance"]
-        prefix = "rollout/" if phase == "train" else "eval_rollout/"
-        return {prefix + name: value for name, value in metrics.items()}
-
-    def _recorded(self, row: dict[str, Any], work: Callable[[], Any], stats_of: Callable[[], RolloutStats]) -> Any:
-        """Do the work and count and log its figures, also those of work that raises."""
-        try:
-            return work()
-        except BaseException as error:
-            row["error"] = type(error).__name__
-            raise
-        finally:
-            self.stats, phase = stats_of(), row["phase"]
-            self.unlogged[phase] = RolloutStats.total(s for s in (self.unlogged.get(phase), self.stats) if s)
-            if phase == "train":
-                self.step_stats = RolloutStats.total(s for s in (self.step_stats, self.stats) if s)
-            self._write({"kind": "rollout"} | row | self.stats.to_dict())
-
-    def _write(self, row: dict[str, Any]) -> None:
-        self.open_log()
-        if self.log is not None:
-            self.log.write(row)
+        return self.ledger.pop_metrics(phase)
 
 
 def last_checkpoint(args: Any, step: int) -> Path:

@@ -285,6 +285,6 @@ def test_a_drafter_without_a_verified_token_has_no_acceptance(atlas):
     """In an arm of two drafters the other one's drafts may be the better ones for every row."""
     atlas.attach(tiny_llama())
     stats = RolloutStats(completion_tokens=8, drafters={"suffix": DrafterStats(), "static": DrafterStats(proposed=2)})
-    atlas.attachment.unlogged["train"] = stats
+    atlas.attachment.ledger.unlogged["train"] = stats
     metrics = atlas.pop_metrics("train")
     assert "rollout/static_acceptance" in metrics and "rollout/suffix_acceptance" not in metrics

@@ -1,0 +1,78 @@
+"""Ledger: what the rollouts of one served model have cost, for the trainer's log and for `rollouts.jsonl`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from atlas_rl.telemetry.log import RolloutLog, keep_earlier_log
+from atlas_rl.telemetry.stats import RolloutStats
+
+T = TypeVar("T")
+
+
+class Ledger:
+    """Keeps the last rollout's figures, and their sums since the trainer last logged and since the optimizer step began."""
+
+    def __init__(self) -> None:
+        self.log: RolloutLog | None = None
+        self.stats = RolloutStats()
+        self.unlogged: dict[str, RolloutStats] = {}
+        """By phase, the sums since `Trainer.log` last took them."""
+        self.step_stats: RolloutStats | None = None
+        self.step_start = time.perf_counter()
+
+    def open(self, path: str | None, starts_anew: bool) -> None:
+        """Write rows there from now on, if they go nowhere yet; a run that starts anew puts an earlier run's log aside."""
+        if self.log is not None or path is None:
+            return
+        if starts_anew:
+            keep_earlier_log(path)
+        self.log = RolloutLog(path)
+
+    def record(self, row: dict[str, Any], work: Callable[[], T], stats_of: Callable[[], RolloutStats]) -> T:
+        """Do the work of a generate call, and count and log its figures, also those of work that raises."""
+        try:
+            return work()
+        except BaseException as error:
+            row["error"] = type(error).__name__
+            raise
+        finally:
+            self.stats, phase = stats_of(), row["phase"]
+            self.unlogged[phase] = RolloutStats.total(s for s in (self.unlogged.get(phase), self.stats) if s)
+            if phase == "train":
+                self.step_stats = RolloutStats.total(s for s in (self.step_stats, self.stats) if s)
+            self._write({"kind": "rollout"} | row | self.stats.to_dict())
+
+    def begin_step(self) -> None:
+        self.step_start = time.perf_counter()
+
+    def end_step(self, step: int, rank: int) -> None:
+        """Write the row of an optimizer step."""
+        row = {"kind": "step", "phase": "train", "step": step, "rank": rank}
+        row["step_seconds"] = round(time.perf_counter() - self.step_start, 6)
+        # a step may train on an earlier step's rollouts, and have none of its own
+        self._write(row | (self.step_stats.to_dict() if self.step_stats else {}))
+        self.step_stats = None
+
+    def pop_metrics(self, phase: str) -> dict[str, float]:
+        """Figures since the last call, named as the trainer's metrics are."""
+        stats = self.unlogged.pop(phase, None)
+        if stats is None:
+            return {}
+        row = stats.to_dict()
+        names = ("tokens_per_s", "tokens_per_decode_step", "speedup_estimate", "rank_idle_s")
+        metrics = {name: row[name] for name in names if name in row}
+        metrics["seconds"] = row["seconds"]["total"]
+        if stats.tokens_of_all_ranks:  # rank 0 logs for the run, which waits for the slowest
+            metrics["tokens_per_s"] = stats.tokens_of_all_ranks / stats.slowest_rank_seconds
+        for name, counts in row.get("drafters", {}).items():
+            if "acceptance" in counts:  # of an arm's drafters one may never have been the better one
+                metrics[f"{name}_acceptance"] = counts["acceptance"]
+        prefix = "rollout/" if phase == "train" else "eval_rollout/"
+        return {prefix + name: value for name, value in metrics.items()}
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.log is not None:
+            self.log.write(row)
