@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from atlas_rl.adapt.retrainer import JUDGED_LOOKAHEAD, Retrainer
+from atlas_rl.adapt.lesson import JUDGED_LOOKAHEAD
+from atlas_rl.adapt.retrainer import Retrainer
 from atlas_rl.config import AtlasConfig
 from atlas_rl.drafters import Drafters
 from atlas_rl.drafters.heads import DraftHead

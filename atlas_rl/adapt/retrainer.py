@@ -19,7 +19,6 @@ import copy
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,11 +27,19 @@ import torch
 from atlas_rl.adapt.acceptance import measure
 from atlas_rl.adapt.capture import Capture
 from atlas_rl.adapt.joint import Joint
+from atlas_rl.adapt.lesson import (
+    JUDGED_LOOKAHEAD,
+    STARTS_PER_WINDOW,
+    WINDOWS_PER_STEP,
+    Lesson,
+    draw_windows,
+    judged_windows,
+    split,
+)
 from atlas_rl.adapt.losses import PolicyEnds, low_precision, unrolled_loss
 from atlas_rl.adapt.replay import Replay
 from atlas_rl.config import AdaptConfig
 from atlas_rl.control.budget import RetrainBudget, blend
-from atlas_rl.drafters.heads import Windows
 from atlas_rl.drafters.recurrent import RecurrentDrafter
 from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.ranks import Ranks
@@ -40,26 +47,8 @@ from atlas_rl.telemetry.stats import RetrainStats
 
 logger = logging.getLogger(__name__)
 
-STARTS_PER_WINDOW = 8
-WINDOWS_PER_STEP = 24
-HELD_OUT_EVERY = 8
-"""One prompt in so many is held out."""
-HELD_OUT_WINDOWS = 12
-HELD_OUT_STARTS = 16
-JUDGED_LOOKAHEAD = 4
-NEWEST_SHARE = 0.5
-"""Of the windows of a step, the rest is drawn from all rollouts that are kept."""
 DRIFT = 0.06
 """`on_drift` retrains where acceptance has fallen by so much (relatively) since the last update that was kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lesson:
-    """What an update has to learn from on this rank, and to be judged by."""
-
-    newest: Replay
-    judged: Windows
-    ends: PolicyEnds
 
 
 class Retrainer:
@@ -209,8 +198,8 @@ class Retrainer:
         replay = self._take() or (self.kept.pop() if self.kept and not was_sound else None)
         if replay is None or int(replay.num_starts_R.sum()) < STARTS_PER_WINDOW:
             return None
-        newest, held_out = self._split(replay)
-        return Lesson(newest, self._judged_windows(held_out), PolicyEnds.of(view.model))
+        newest, held_out = split(replay, self.generator)
+        return Lesson(newest, judged_windows(held_out, self.generator), PolicyEnds.of(view.model))
 
     def _step(self, lesson: Lesson | None, num_lessons: int) -> bool:
         """One optimizer step; False if the loss is not finite: nothing was changed then."""
@@ -239,17 +228,9 @@ class Retrainer:
 
     def _loss(self, lesson: Lesson) -> torch.Tensor:
         """Of some new windows."""
-        newest, width = lesson.newest, STARTS_PER_WINDOW + self.config.depth
-        windows = [newest.sample(WINDOWS_PER_STEP, width, self.config.depth, self.generator)]
-        if self.kept:
-            older = self.kept[int(torch.randint(len(self.kept), (), generator=self.generator))]
-            count = int(WINDOWS_PER_STEP * (1 - NEWEST_SHARE))
-            windows = [
-                windows[0].rows(slice(WINDOWS_PER_STEP - count)),
-                older.sample(count, width, self.config.depth, self.generator),
-            ]
+        windows = draw_windows(lesson.newest, self.kept, self.config.depth, self.generator)
         temperature = self.capture.sampling.temperature or 1.0
-        with low_precision(newest.hidden_ND.device):
+        with low_precision(lesson.newest.hidden_ND.device):
             parts = [
                 unrolled_loss(self.drafter.head, part, self.config.depth, lesson.ends, temperature=temperature)[0]
                 * (len(part) / WINDOWS_PER_STEP)
@@ -262,26 +243,6 @@ class Retrainer:
         replay = self.capture.take()
         can_start = None if replay is None else replay.num_starts_R.nonzero()[:, 0]
         return replay.rows(can_start) if can_start is not None and len(can_start) else None
-
-    def _split(self, replay: Replay) -> tuple[Replay, Replay]:
-        """Completions to learn from, and those held out from this update: all of some prompts, as the next rollouts will be of
-        other prompts too; or some of the only prompt's."""
-        groups = replay.groups_R.unique()
-        if len(groups) > 1:
-            chosen = torch.randperm(len(groups), generator=self.generator)[: max(1, len(groups) // HELD_OUT_EVERY)]
-            is_held_out = torch.isin(replay.groups_R, groups[chosen])
-        else:
-            is_held_out = torch.zeros(len(replay), dtype=torch.bool)
-            order = torch.randperm(len(replay), generator=self.generator)
-            is_held_out[order[: len(replay) // HELD_OUT_EVERY]] = True
-        if not is_held_out.any():
-            return replay, replay
-        return replay.rows((~is_held_out).nonzero()[:, 0]), replay.rows(is_held_out.nonzero()[:, 0])
-
-    def _judged_windows(self, held_out: Replay) -> Windows:
-        """Some windows of any of the completions: neighbours are right or wrong together."""
-        windows = held_out.tiles(HELD_OUT_STARTS + JUDGED_LOOKAHEAD, JUDGED_LOOKAHEAD)
-        return windows.rows(torch.randperm(len(windows), generator=self.generator)[:HELD_OUT_WINDOWS])
 
     def _tokens(self, lesson: Lesson | None) -> float:
         """Per step, on all ranks' held-out windows."""

@@ -77,7 +77,7 @@ def work(args: argparse.Namespace) -> None:
 def make_run(args: argparse.Namespace, arms: list[str], folder: str) -> tuple[Any, Turns]:
     from trl import GRPOConfig, GRPOTrainer
 
-    from atlas_rl.cli.launching import join
+    from atlas_rl.cli.launched import join
     from atlas_rl.tasks import build_dataset, policy_path, reasoning_gym_reward
 
     stage = {"stage": 3}

@@ -66,19 +66,19 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         if atlas.static_drafter is not None:
             check_drafter(atlas.static_drafter)
 
-    from atlas_rl.cli import launching
+    from atlas_rl.cli import launched, launching
     from atlas_rl.cli.trl_arguments import Given
 
     given = Given.of(args.trainer, config, overrides)
     if given.launch_flags and not args.launched:
-        launching.check_not_launched(given.launch_flags)
+        launched.check_not_launched(given.launch_flags)
         config_flag = ["--config", args.config] if args.config else []
         atlas_flags = [f"--atlas.{name}={value}" for name, value in atlas_overrides]
         script = [args.trainer, "--launched", *config_flag, *given.script_flags, *atlas_flags]
         return launching.launch(given.launch_flags, given.fields, ["train", *script])
 
-    launching.check_process(given.fields)
-    arguments = given.build(launching.join(given.fields))
+    launched.check_process(given.fields)
+    arguments = given.build(launched.join(given.fields))
 
     from atlas_rl.cli.trl_run import train
 

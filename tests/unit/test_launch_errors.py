@@ -10,6 +10,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from atlas_rl.cli import launched as module
 from atlas_rl.cli import launching, main
 from atlas_rl.cli.launching import Launch, accelerate_flags
 
@@ -217,28 +218,28 @@ def launched(gpus, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     joined = []
-    monkeypatch.setattr(launching, "_join_deepspeed", lambda timeout: joined.append(("deepspeed", timeout.seconds)))
-    monkeypatch.setattr(launching, "_join_fsdp", lambda timeout: joined.append(("fsdp", timeout.seconds)))
+    monkeypatch.setattr(module, "_join_deepspeed", lambda timeout: joined.append(("deepspeed", timeout.seconds)))
+    monkeypatch.setattr(module, "_join_fsdp", lambda timeout: joined.append(("fsdp", timeout.seconds)))
     return joined
 
 
 def test_what_a_process_sets_without_accelerators(launched, gpus, capsys, monkeypatch):
-    assert launching.join({}) == ["--use_cpu", "true", "--ddp_backend", "gloo"] and not launched
+    assert module.join({}) == ["--use_cpu", "true", "--ddp_backend", "gloo"] and not launched
     assert "2 processes on the CPU" in capsys.readouterr().err
-    flags = launching.join({"deepspeed": "ds.json", "use_cpu": True, "ddp_timeout": 60})
+    flags = module.join({"deepspeed": "ds.json", "use_cpu": True, "ddp_timeout": 60})
     assert flags[2:] == ["--use_cpu", "false", "--bf16", "false"] and launched.pop() == ("deepspeed", 60)
-    assert launching.join({"fsdp": True})[2:] == ["--use_cpu", "true"] and launched.pop() == ("fsdp", 1800)
+    assert module.join({"fsdp": True})[2:] == ["--use_cpu", "true"] and launched.pop() == ("fsdp", 1800)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ValueError, match="bf16: false"):
-        launching.join({"bf16": True})
+        module.join({"bf16": True})
     with pytest.raises(ValueError, match="accelerator_config"):
-        launching.join({"accelerator_config": "{}"})
+        module.join({"accelerator_config": "{}"})
     gpus(2)
-    assert launching.join({"bf16": True}) == []
+    assert module.join({"bf16": True}) == []
     with pytest.raises(ValueError, match="use_cpu"):
-        launching.join({"use_cpu": True})
+        module.join({"use_cpu": True})
 
 
 def test_a_run_of_one_process_sets_nothing(gpus, capsys, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert launching.join({"deepspeed": "ds.json"}) == [] and not capsys.readouterr().err
+    assert module.join({"deepspeed": "ds.json"}) == [] and not capsys.readouterr().err
