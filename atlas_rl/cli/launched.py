@@ -43,7 +43,7 @@ def join(fields: dict[str, Any]) -> list[str]:
     """Before a launched process builds the trainer's config: flags to set over `fields`, so that it runs without accelerators."""
     if not is_launched():
         return []
-    uses_deepspeed = bool(fields.get("deepspeed")) or is_true(os.environ.get("ACCELERATE_USE_DEEPSPEED"))
+    uses_deepspeed = _uses_deepspeed(fields)
     uses_fsdp = not uses_deepspeed and (bool(fields.get("fsdp")) or is_true(os.environ.get("ACCELERATE_USE_FSDP")))
     if launching.num_accelerators():
         if uses_deepspeed and is_true(fields.get("use_cpu")):
@@ -67,6 +67,19 @@ def join(fields: dict[str, Any]) -> list[str]:
     _join_deepspeed(timeout)
     _say("DeepSpeed over gloo, in float32 (use_cpu: false, bf16: false)")
     return [*configured, "--use_cpu", "false", "--bf16", "false"]
+
+
+def leave(fields: dict[str, Any]) -> None:
+    """When a launched process has done everything: DeepSpeed over gloo now and then aborts an interpreter that ends, with or
+    without Atlas, and a finished run would count as failed."""
+    if is_launched() and _uses_deepspeed(fields) and not launching.num_accelerators():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _uses_deepspeed(fields: dict[str, Any]) -> bool:
+    return bool(fields.get("deepspeed")) or is_true(os.environ.get("ACCELERATE_USE_DEEPSPEED"))
 
 
 def _join_deepspeed(timeout: timedelta) -> None:

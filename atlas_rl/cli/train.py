@@ -83,6 +83,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     from atlas_rl.cli.trl_run import train
 
     train(arguments, atlas)
+    launched.leave(given.fields)
     return 0
 
 
