@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -135,7 +136,8 @@ def test_exit_codes(run_dir):
     output = train(*two, "--reward_funcs", "launched_rewards.missing", code=2)
     assert output.count("has no 'missing'") == 1, "said once, not by every process"
     output = train(*two, "--reward_funcs", "launched_rewards.failing", code=1)
-    assert "the reward's own error" in output and "rank 1 ended with exit code 1" in output
+    # gloo now and then aborts an interpreter that ends by an error, after the error is told
+    assert "the reward's own error" in output and re.search("rank 1 ended with exit code (1|-6)$", output, re.M)
 
 
 @pytest.mark.distributed
