@@ -57,10 +57,12 @@ def train(policy: Path, folder: Path, resume: bool | str | None = None, **option
         return outputs
 
     trainer._generate = recording
-    trainer.train(resume_from_checkpoint=resume)
-    adaptation = atlas.attachment.adaptation
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+        adaptation = atlas.attachment.adaptation
+    finally:
+        atlas.detach()
     weights = {d.name: d.head.state_dict() for d in adaptation.drafters.all if d.name != "suffix"}
-    atlas.detach()
     return adaptation, completions, weights
 
 
