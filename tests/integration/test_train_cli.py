@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from atlas_rl import last_complete_checkpoint
 from atlas_rl.cli import main
+from atlas_rl.integrations.trl import LogHook
 
 SYMBOLS = "0123456789+-= abcdefghij"
 
@@ -26,6 +27,14 @@ def interrupted(completions, **_):
         raise KeyboardInterrupt
     return [0.0] * len(completions)
 """
+
+
+@pytest.fixture(autouse=True)
+def ends_as_a_process_does():
+    """The command line leaves its generator attached."""
+    yield
+    while LogHook.num_users:
+        LogHook.release()
 
 
 @pytest.fixture
