@@ -135,8 +135,8 @@ class RolloutEngine:
                 self.refresh()  # also for no request at all: other ranks may be waiting to retrain together
                 if groups:
                     self.wake(groups, sampling)
-                while self.scheduler is not None and not self.scheduler.is_done:
-                    self._step()
+                    while not self.scheduler.is_done:
+                        self._step()
             finally:
                 self._finish(sequences, start)
         return [seq.to_rollout() for seq in sequences]
