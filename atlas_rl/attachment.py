@@ -282,6 +282,11 @@ class Attachment:
     def pop_metrics(self, phase: str) -> dict[str, float]:
         return self.ledger.pop_metrics(phase)
 
+    def record_metrics(self, phase: str, metrics: dict[str, Any]) -> None:
+        if rank() == 0:
+            self.open_log()
+            self.ledger.record_metrics(phase, self._step(), metrics)
+
 
 def last_checkpoint(args: Any, step: int) -> Path:
     """Where a resumed run has come from: the trainer tells its callbacks no more than the step."""

@@ -147,6 +147,11 @@ class AtlasRolloutGenerator(TrainerCallback):
         """Figures of a phase (`train`, `eval`) since the last call; `Trainer.log` merges them into its own."""
         return self.attachment.pop_metrics(phase) if self.attachment else {}
 
+    def record_metrics(self, phase: str, metrics: dict[str, Any]) -> None:
+        """Write what the trainer has logged into `rollouts.jsonl` too, so that a report needs nothing but that."""
+        if self.attachment:
+            self.attachment.record_metrics(phase, metrics)
+
     def _attached(self) -> Attachment:
         if self.attachment is None:
             raise ValueError("no model is attached: call attach(model) first")

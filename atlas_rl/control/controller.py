@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from atlas_rl.control.acceptance import MAX_DEPTH, UPDATE_DECAY, Acceptance
+from atlas_rl.control.acceptance import MAX_DEPTH, PRIOR_TOKENS, UPDATE_DECAY, Acceptance
+from atlas_rl.control.arms import PLAIN, Arm
 from atlas_rl.control.cost_model import DraftCost, FixedStepCost, StepCost
-
-Arm = tuple[str, ...]
-PLAIN: Arm = ()
+from atlas_rl.control.parts import Parts
 
 HYSTERESIS = 1.03
 PLAIN_BONUS = 1.05
@@ -106,6 +105,7 @@ class Controller:
         self.draft_cost = {name: DraftCost() for name in sorted(names)}
         self.contests: dict[int, Contest] = {}
         self.benched: set[str] = set()
+        self.parts = Parts()
 
     # ---- before a step ---------------------------------------------------------------------------------------------------
 
@@ -202,6 +202,21 @@ class Controller:
             acceptance.fade(UPDATE_DECAY)
         for contest in self.contests.values():
             contest.min_probs.clear()
+
+    # ---- after a rollout -------------------------------------------------------------------------------------------------
+
+    def shares_of_parts(self) -> dict[str, float]:
+        """Decode seconds of the rollout that is over with each drafter alone, as far as they have shown what they can, over those
+        of plain decoding. Empty where nothing is timed."""
+        is_timed = not self.deterministic and self.step_cost.seconds(1) is not None
+        names = [
+            name
+            for name, acceptance in self.acceptance.items()
+            if is_timed
+            and name not in self.benched
+            and (acceptance.total_K[0] > PRIOR_TOKENS or (name,) in self.parts.shown)
+        ]
+        return self.parts.close(names, self.predicted_rate)
 
     # ---- the contest -----------------------------------------------------------------------------------------------------
 

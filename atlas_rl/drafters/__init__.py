@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 TEXTUAL = ("suffix",)
 """Drafters that look at tokens alone, and go together with a neural one."""
+ADAPTIVE = "recurrent"
+"""The one that is retrained."""
 BESIDE_POLICY = "drafter"
 """Folder within a policy's own that holds its static drafter."""
 

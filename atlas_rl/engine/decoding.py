@@ -127,7 +127,11 @@ class Decoding:
         if num_tokens > num_rows and estimates is not None:
             scale = min(1.0, estimates[0] / estimates[1])
         self.plain_seconds += seconds * scale * num_emitted / num_rows
-        self.speculator.settle(num_rows, seconds + drafting)
+        plan, seconds, now = self.speculator.plan, seconds + drafting, time.perf_counter()
+        if stats.timeline is not None:
+            stats.timeline.record(now - seconds, now, num_rows, plan.arm)
+        self.speculator.controller.parts.record(plan.asked, num_rows, num_cached, num_emitted, seconds)
+        self.speculator.settle(num_rows, seconds)
 
     def _sample(
         self, sequences: list[Sequence], batch: ForwardBatch, hidden_ND: torch.Tensor

@@ -16,7 +16,7 @@ from atlas_kernels import fix_routes
 from atlas_rl.config import AtlasConfig
 from atlas_rl.control.controller import Controller
 from atlas_rl.control.cost_model import FixedStepCost, StepCost
-from atlas_rl.drafters import arms_of
+from atlas_rl.drafters import ADAPTIVE, arms_of
 from atlas_rl.drafters.base import Drafter
 from atlas_rl.engine.captured import CapturedSteps
 from atlas_rl.engine.decoding import Decoding
@@ -30,6 +30,7 @@ from atlas_rl.engine.scheduler import PrefillChunk, Scheduler
 from atlas_rl.engine.sequence import PromptGroup, Sequence
 from atlas_rl.engine.speculation import MAX_DRAFT_LEN, Speculator
 from atlas_rl.telemetry.stats import RolloutStats
+from atlas_rl.telemetry.timeline import Timeline
 from atlas_rl.types import Rollout, RolloutRequest, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -123,6 +124,7 @@ class RolloutEngine:
         """
         self.stats = RolloutStats(num_completions=len(requests))
         start = time.perf_counter() - self.unbilled.total()
+        self.stats.timeline = Timeline(start)
         self.stats.seconds.update(self.unbilled)
         self.unbilled.clear()
         requests = self.checked(requests)
@@ -209,7 +211,8 @@ class RolloutEngine:
     def _finish(self, sequences: list[Sequence], start: float) -> None:
         """Close the books and free KV memory, after success and after an exception alike."""
         stats, plain_decode_seconds = self.stats, 0.0
-        stats.completion_tokens = sum(len(seq.output_ids) for seq in sequences)
+        stats.completion_lens = [len(seq.output_ids) for seq in sequences]
+        stats.completion_tokens = sum(stats.completion_lens)
         if self.decoding is not None:
             self.speculator.release(self.scheduler.abort(), finished=False)
             self.scheduler.check_integrity()
@@ -220,10 +223,14 @@ class RolloutEngine:
         self.sleep()
         self.traffic.tokens += stats.completion_tokens
         self.traffic.seconds += sum(stats.seconds[name] for name in ("draft", "verify", "sample"))
+        shares = self.controller.shares_of_parts()
         stats.seconds["total"] = time.perf_counter() - start
         if self.speculator.drafters:
             others = sum(stats.seconds[name] for name in ("prefill", "refresh", "exchange"))
             stats.plain_seconds_estimate = others + plain_decode_seconds
+            for name, share in shares.items():
+                retraining = stats.seconds["retrain"] if name == ADAPTIVE else 0.0
+                stats.seconds_by_part[name] = others + share * plain_decode_seconds + retraining
 
     def checked(self, requests: list[RolloutRequest]) -> list[RolloutRequest]:
         """The requests, with lengths cut to what the model was made for; raises as `generate` does for those it refuses."""

@@ -19,6 +19,8 @@ class Plan:
     """Who drafts in a step, and what comes of it if drafts are as right as their drafters say."""
 
     arm: Arm = PLAIN
+    asked: Arm = PLAIN
+    """The arm that was chosen: it leaves the plan where it has nothing to propose."""
     sources: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """[R] which of the arm's drafters each row's draft is from."""
     expected: np.ndarray = field(default_factory=lambda: np.zeros(1))

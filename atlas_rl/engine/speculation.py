@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from atlas_rl.control.controller import PLAIN, Arm, Controller
+from atlas_rl.control.arms import PLAIN, Arm, arm_name
+from atlas_rl.control.controller import Controller
 from atlas_rl.control.lookahead import choose_draft_lens
 from atlas_rl.control.trust import Trust
 from atlas_rl.drafters.base import Drafter, Drafts
@@ -155,8 +156,8 @@ class Speculator:
             self.num_cached = sum(seq.num_computed for seq in sequences)
             if all(seq.num_remaining == 1 for seq in sequences) or self.lookahead == 0:
                 arm = PLAIN  # a row's last token needs no draft after it
-        self.plan.arm = arm
-        stats.arms["+".join(arm) or "plain"] += 1
+        self.plan.arm = self.plan.asked = arm
+        stats.arms[arm_name(arm)] += 1
 
     @property
     def wants_hidden(self) -> bool:

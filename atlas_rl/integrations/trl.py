@@ -140,7 +140,8 @@ def autocast_dtype(model: PreTrainedModel, wrapper: nn.Module, args: Any | None)
 class LogHook:
     """Wraps `Trainer.log` at class level, once for all, so that our metrics are in `logs` before history and reporters see them.
 
-    (Changing `logs` in a callback's `on_log` reaches neither.) Sources are callbacks of the trainer with a `pop_metrics` method.
+    (Changing `logs` in a callback's `on_log` reaches neither.) Sources are callbacks of the trainer with a method `pop_metrics`,
+    and one `record_metrics`, that is told what the trainer itself logs.
     """
 
     original: Callable[..., None] | None = None
@@ -155,10 +156,13 @@ class LogHook:
         cls.original = original = Trainer.log
 
         def log(self: Trainer, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            phase = "train" if self.model.training else "eval"
+            merged = logs
             for callback in self.callback_handler.callbacks:
-                if hasattr(callback, "pop_metrics"):
-                    logs = logs | callback.pop_metrics("train" if self.model.training else "eval")
-            original(self, logs, *args, **kwargs)
+                if hasattr(callback, "record_metrics"):
+                    merged = merged | callback.pop_metrics(phase)
+                    callback.record_metrics(phase, logs)
+            original(self, merged, *args, **kwargs)
 
         log.__doc__ = original.__doc__
         cls.installed = Trainer.log = log

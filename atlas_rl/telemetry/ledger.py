@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, TypeVar
 
 from atlas_rl.telemetry.log import RolloutLog, keep_earlier_log
@@ -72,6 +74,12 @@ class Ledger:
                 metrics[f"{name}_acceptance"] = counts["acceptance"]
         prefix = "rollout/" if phase == "train" else "eval_rollout/"
         return {prefix + name: value for name, value in metrics.items()}
+
+    def record_metrics(self, phase: str, step: int, metrics: dict[str, Any]) -> None:
+        """Write the row of what a trainer has logged: its finite numbers."""
+        numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, Real)}
+        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        self._write(finite | {"kind": "log", "phase": phase, "step": step})
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.log is not None:

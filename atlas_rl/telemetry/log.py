@@ -1,4 +1,4 @@
-"""`rollouts.jsonl`: one object per generate call and one per optimizer step."""
+"""`rollouts.jsonl`: one object per generate call, one per optimizer step, and one per log of the trainer."""
 
 from __future__ import annotations
 

@@ -7,6 +7,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
+from atlas_rl.telemetry.timeline import Timeline
+
 
 @dataclass(slots=True, kw_only=True)
 class DrafterStats:
@@ -79,12 +83,18 @@ class RolloutStats:
     kv_peak_bytes: int = 0
     plain_seconds_estimate: float | None = None
     """What the same completions would have cost without drafts, from the step times measured in this rollout."""
+    seconds_by_part: dict[str, float] = field(default_factory=dict)
+    """What they would have cost with one drafter alone (`control.parts`), by its name."""
+    timeline: Timeline | None = None
+    """Of one rollout, as are the lengths; sums have none."""
+    completion_lens: list[int] = field(default_factory=list)
 
     @classmethod
     def total(cls, parts: Iterable[RolloutStats]) -> RolloutStats:
         """Sums of several rollouts; the KV peak is their maximum."""
         result = cls()
-        estimates: list[float | None] = []
+        parts = list(parts)
+        estimates = [part.plain_seconds_estimate for part in parts]
         for part in parts:
             for name in (
                 "num_prompts",
@@ -115,9 +125,10 @@ class RolloutStats:
                 result.retrain = RetrainStats.total(r for r in (result.retrain, part.retrain) if r is not None)
             if part.rank_idle_seconds is not None:
                 result.rank_idle_seconds = (result.rank_idle_seconds or 0.0) + part.rank_idle_seconds
-            estimates.append(part.plain_seconds_estimate)
         if estimates and None not in estimates:
             result.plain_seconds_estimate = sum(estimates)
+            for name in set.intersection(*(set(part.seconds_by_part) for part in parts)):
+                result.seconds_by_part[name] = sum(part.seconds_by_part[name] for part in parts)
         return result
 
     def bill(self, part: str, seconds: float) -> None:
@@ -126,6 +137,8 @@ class RolloutStats:
         self.seconds["total"] += seconds
         if self.plain_seconds_estimate is not None:
             self.plain_seconds_estimate += seconds
+        for name in self.seconds_by_part:
+            self.seconds_by_part[name] += seconds
 
     def add_depths(self, proposed: list[int], accepted: list[int]) -> None:
         missing = len(proposed) - len(self.proposed_by_depth)
@@ -174,7 +187,28 @@ class RolloutStats:
         if self.plain_seconds_estimate and total > 0:
             row["plain_tokens_per_s_estimate"] = self.completion_tokens / self.plain_seconds_estimate
             row["speedup_estimate"] = self.plain_seconds_estimate / total
+            if self.seconds_by_part:
+                speedups = {
+                    name: self.plain_seconds_estimate / seconds for name, seconds in self.seconds_by_part.items()
+                }
+                row["speedup_by_part"] = {name: round(speedup, 4) for name, speedup in sorted(speedups.items())}
+        if self.completion_lens:
+            row["lengths"] = _quantiles(self.completion_lens)
+        if self.timeline is not None and self.timeline.states:
+            row["timeline"] = self.timeline.to_dict()
         return row
+
+
+def _quantiles(lens: list[int]) -> dict[str, float]:
+    p10, p50, p90 = np.percentile(lens, (10, 50, 90)).round(1).tolist()
+    return {
+        "min": min(lens),
+        "p10": p10,
+        "p50": p50,
+        "p90": p90,
+        "max": max(lens),
+        "mean": round(sum(lens) / len(lens), 2),
+    }
 
 
 def _drafter_row(counts: DrafterStats) -> dict[str, float]:

@@ -118,6 +118,13 @@ def test_a_run_goes_through_atlas_and_logs_it(tokenizer, tmp_path):
     logged = [entry for entry in history if "rollout/tokens_per_s" in entry]
     assert len(logged) == 2 and all("reward" in entry for entry in logged), "merged into the trainer's own entries"
     assert any("eval_rollout/tokens_per_s" in entry and "eval_reward" in entry for entry in history)
+    logs = [row for row in rows if row["kind"] == "log"]
+    rewards = [entry["reward"] for entry in history if "reward" in entry]
+    assert [row["reward"] for row in logs if "reward" in row] == rewards, "so that a report needs nothing but this file"
+    assert {(row["phase"], row["step"]) for row in logs} == {
+        (phase, step) for phase in ("train", "eval") for step in (1, 2)
+    }
+    assert not any(name.startswith("rollout/") for row in logs for name in row)
 
 
 def test_training_is_the_same_with_and_without_speculation(tokenizer, tmp_path):
@@ -275,7 +282,8 @@ def test_a_full_disk_costs_a_warning_not_the_run(tokenizer, tmp_path, caplog, mo
 
     monkeypatch.setattr(Path, "open", flaky)
     make_trainer(tokenizer, tmp_path, [AtlasRolloutGenerator()]).train()
-    assert [row["kind"] for row in rows_of(tmp_path)] == ["rollout", "step", "rollout", "step"]
+    kinds = [row["kind"] for row in rows_of(tmp_path)]
+    assert kinds == ["rollout", "step", "log"] * 2 + ["log"], "the last one is of the whole run"
     assert sum("No space left" in record.message for record in caplog.records) == 1
 
 
