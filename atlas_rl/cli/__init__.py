@@ -19,6 +19,7 @@ from atlas_rl import __version__
 COMMANDS = {
     "train": ("atlas_rl.cli.train", "train a policy with TRL, its rollouts made by Atlas"),
     "bench": ("atlas_rl.bench.cli", "compare ways of making rollouts, side by side on this machine"),
+    "report": ("atlas_rl.report.cli", "show a training run: one page of charts, made from its log"),
     "drafter": ("atlas_rl.cli.drafter", "train a draft head for a policy, or measure one"),
     "doctor": ("atlas_rl.cli.doctor", "what works on this machine, what does not, and why"),
 }

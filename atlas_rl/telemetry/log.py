@@ -38,6 +38,19 @@ class RolloutLog:
         self.failing = False
 
 
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """Its rows, as far as they are whole: a run that is killed, or still goes on, may leave half a line."""
+    rows = []
+    for line in Path(path).read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "kind" in row:
+            rows.append(row)
+    return rows
+
+
 def keep_earlier_log(path: str | Path | None) -> None:
     """Move the log of an earlier run in the same place to `rollouts.1.jsonl`, `rollouts.2.jsonl`, …"""
     if path is None or not Path(path).exists():

@@ -35,7 +35,7 @@ def plot_drift(study: dict[str, Any] | str | Path, png: str | Path) -> Path:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    Figure = _figure_class()
+    Figure = figure_class()
     if not isinstance(study, dict):
         study = json.loads(Path(study).read_text())
     panels = [panel for name, panel in PANELS.items() if name in study]
@@ -101,7 +101,7 @@ def plot_workload(study: dict[str, Any] | str | Path, png: str | Path) -> Path:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    Figure = _figure_class()
+    Figure = figure_class()
     if not isinstance(study, dict):
         study = json.loads(Path(study).read_text())
     figure = Figure(figsize=(1.6 * WIDTH, HEIGHT), dpi=DPI, layout="constrained")
@@ -139,7 +139,7 @@ def _smooth(values: list[float], width: int = 5) -> list[float]:
     return [part[len(part) // 2] for part in parts]
 
 
-def _figure_class() -> type:
+def figure_class() -> type:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from atlas_rl.telemetry.log import read_log
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,11 +55,12 @@ class RunSummary:
         table.add_column(style="bold", no_wrap=True)
         table.add_column(justify="right", no_wrap=True)
         table.add_column(style="dim")
-        for row in self._rows():
+        for row in self.rows():
             table.add_row(*row)
         return table
 
-    def _rows(self) -> Iterable[tuple[str, str, str]]:
+    def rows(self) -> Iterable[tuple[str, str, str]]:
+        """Name, figure, and what it is about, of each that the run has."""
         if self.fallbacks:
             about = f"generate calls were not for Atlas: {'; '.join(sorted(set(self.fallbacks)))}"
             yield "served by transformers", f"{len(self.fallbacks):,}", about
@@ -101,7 +103,11 @@ class RunSummary:
 def summarize_run(log_path: str | Path, log_history: list[dict[str, Any]]) -> RunSummary:
     """From `rollouts.jsonl` (which may not exist: then no rollout was made) and the trainer's `state.log_history`."""
     path = Path(log_path)
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return summarize_rows(path, read_log(path) if path.exists() else [], log_history)
+
+
+def summarize_rows(path: Path, rows: list[dict[str, Any]], log_history: list[dict[str, Any]]) -> RunSummary:
+    """From the rows of such a log."""
     calls = [row for row in rows if row["kind"] == "rollout"]
     rollouts = [row for row in calls if "fallback" not in row]
     timed = [row for row in rows if row["kind"] == "step" and "step_seconds" in row]
