@@ -35,7 +35,7 @@ def acceptance(run: Run) -> Chart:
             percent = Series(series.steps, [100 * value for value in series.values])
             d.line(over_run, percent, screen, d.arm_color(name), label=d.arm_label(name))
         over_run.set(ylim=(0, 100), title="by drafter, over the run", ylabel="% of draft tokens that were right")
-        d.step_axis(over_run, run.unit)
+        d.step_axis(over_run, run)
         depths = np.arange(1, len(by_depth) + 1)
         over_depth.bar(depths, [100 * share for share in by_depth], color=d.color("full"), width=0.7)
         over_depth.set(ylim=(0, 100), xlabel="place in the draft", title="all, last fifth of the run", xticks=depths)
@@ -44,13 +44,16 @@ def acceptance(run: Run) -> Chart:
     ends = [f"{d.arm_label(name)} {s.first:.0%} at first, {s.last:.0%} at the end" for name, s in by_name.items()]
     finding = f"Of their draft tokens were right: {'; '.join(ends)}."
     if len(by_depth) > 1:
-        finding += f" In the last fifth the first token of a draft was right in {by_depth[0]:.0%} of cases, the second in {by_depth[1]:.0%}."
+        shares = " and ".join(f"{share:.0%}" for share in by_depth[:2])
+        finding += (
+            f" In the last fifth of the run the first and second token of a draft were right in {shares} of cases."
+        )
     return Chart(
         key="acceptance",
         title="How often drafts are right",
         label="Line chart: share of accepted draft tokens by drafter; bars: by place in the draft",
-        how_to_read="A drafter guesses the next tokens, the policy checks all of them in one forward, and those up to the first wrong "
-        "one are kept. The policy changes with every update: a frozen drafter falls behind, one that learns keeps up.",
+        how_to_read="A drafter guesses the next tokens, the policy checks all of them in one forward, and those up to the first "
+        "wrong one are kept. The policy changes with every update: a drafter that is left as it is may fall behind.",
         finding=finding,
         draw=draw,
         heights=(320, 520),
@@ -103,26 +106,25 @@ def retraining(run: Run) -> Chart:
         _draw_gain(gain, before, after, screen)
         gain.set_ylabel("tokens per step")
         calm = seconds.thinned(d.POINTS[screen])
-        width = 0.8 * max(
-            1.0, (calm.steps[-1] - calm.steps[0]) / max(1, len(calm) - 1) if len(calm) < len(seconds) else 1
-        )
-        cost.bar(calm.steps, calm.values, width, color=d.color("retrain"))
+        visible = (run.last_step - run.first_step) / (2 * d.POINTS[screen])
+        cost.bar(calm.steps, calm.values, max(0.8, visible), color=d.color("retrain"))
         cost.set_ylabel("seconds")
-        d.step_axis(cost, run.unit)
+        d.step_axis(cost, run)
         d.legend(figure, screen)
 
     total, kept = sum(seconds.values), sum(update["kept"] for update in updates.values())
     steps = sum(update["steps"] for update in updates.values())
-    whole = run.summary.rollout_seconds
+    share = total / run.summary.rollout_seconds
+    gain = mean(np.subtract(after.values, before.values))
     return Chart(
         key="retraining",
         title="Retraining the adaptive drafter",
-        label="Line chart: the adaptive drafter's tokens per step before and after each update; bars: seconds of the updates",
-        how_to_read="After a policy update the adaptive drafter may learn from what the policy has written. Above: how many tokens a "
-        "step of its drafts would bring on completions that it has not learned from, before and after. Below: what that took.",
-        finding=f"{len(updates):,} updates with {steps:,} optimizer steps took {total:.3g} s, {total / whole:.1%} of the rollouts' time; "
-        f"{kept:,} were kept. They started from {before.values[0]:.2f} tokens per step and ended at {after.values[-1]:.2f}; one "
-        f"update changed it by {mean(np.subtract(after.values, before.values)):+.3f} on average.",
+        label="Dots: the adaptive drafter's tokens per step before and after each update; bars: seconds of the updates",
+        how_to_read="After a policy update the adaptive drafter may learn from what the policy has written. Above: how many tokens "
+        "a step would bring with its drafts, on completions that it has not learned from. Below: what the update took.",
+        finding=f"{len(updates):,} updates with {steps:,} optimizer steps took {total:.3g} s, {share:.1%} of the rollouts' time; "
+        f"{kept:,} of them were kept. The drafter was at {before.values[0]:.2f} tokens per step before the first and at "
+        f"{after.values[-1]:.2f} after the last; one update changed that by {gain:+.3f} on average.",
         draw=draw,
         heights=(340, 340),
     )
@@ -134,8 +136,10 @@ def _draw_gain(axes: Axes, before: Series, after: Series, screen: str) -> None:
         d.line(axes, after, screen, d.color("adaptive"), label="after")
         return
     axes.vlines(before.steps, before.values, after.values, color=d.color("adaptive-suffix"), lw=1.5)
-    axes.plot(before.steps, before.values, "o", ms=4, color=d.color("plain"), label="before")
-    axes.plot(after.steps, after.values, "o", ms=4, color=d.color("adaptive"), label="after")
+    ring = {"mfc": "none", "mew": 1.5, "color": d.color("plain")}
+    axes.plot(before.steps, before.values, "o", ms=9, label="before", **ring)
+    axes.plot(after.steps, after.values, "o", ms=5, mew=0, color=d.color("adaptive"), label="after")
+    axes.margins(y=0.15)
 
 
 # ---- each part alone ---------------------------------------------------------------------------------------------------------
@@ -165,20 +169,15 @@ def parts(run: Run) -> Chart:
         axes.grid(False)
 
     best = max(names, key=speedups.__getitem__)
-    verdict = (
-        "more than"
-        if full > 1.01 * speedups[best]
-        else "less than"
-        if full < 0.99 * speedups[best]
-        else "about as much as"
-    )
+    ratio = full / speedups[best]
+    verdict = "about as much as" if 0.99 < ratio < 1.01 else "more than" if ratio > 1 else "less than"
     return Chart(
         key="parts",
         title="What each part is worth",
         label="Bars: estimated speed-up with each drafter alone, and with all of them",
-        how_to_read="Estimates, from the acceptance and step times that were measured in this run, of how much faster its rollouts would "
-        "have been than plain decoding with one drafter alone, used only where it pays. The last bar is the run as it was, with "
-        "all trials and costs counted.",
+        how_to_read="Estimates of how much faster than plain decoding the rollouts would have been with one drafter alone, used only "
+        "where it pays, from the acceptance and the step times of this run. The last bar is the run as it was: it also paid for "
+        "trying out which drafter is best, which those with one drafter are not charged for.",
         finding=f"All together brought {full:.2f}×, {verdict} the best single part would have ({d.arm_label(best)}, "
         f"{speedups[best]:.2f}×).",
         draw=draw,

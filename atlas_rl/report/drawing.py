@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from atlas_rl.report.run import Run, Series
+
 WIDTHS = {"wide": 800, "narrow": 340}
 """Of a chart, in CSS pixels."""
 POINTS = {"wide": 200, "narrow": 80}
@@ -46,6 +48,7 @@ COLORS = {
     "exchange": ("#4f9d86", "#5fb89e"),
     "idle": ("#c9a9a0", "#7a5c54"),
     "other": ("#a3a8ae", "#6a727b"),
+    "rollouts": ("#1d4e8b", "#86b3eb"),
     "rest": ("#e0e2e5", "#333a42"),
 }
 NAMES = {
@@ -198,20 +201,22 @@ def patch(name: str, label: str) -> Any:
     return Patch(color=name if name.startswith("#") else color(name), label=label)
 
 
-def line(axes: Axes, series: Any, screen: str, name: str, **options: Any) -> None:
-    """Every step as a faint dot, their running medians as a line."""
+def line(axes: Axes, series: Series, screen: str, name: str, **options: Any) -> None:
+    """Every step as a faint dot, their running medians as a line, which ends where there are no steps."""
+    dots = series.thinned(POINTS[screen])
     if len(series) > 1:
-        dots = series.thinned(POINTS[screen])
-        axes.plot(dots.steps, dots.values, "o", ms=2.5, mew=0, alpha=0.35, color=name)
+        axes.plot(dots.steps, dots.values, "o", ms=4, mew=0, alpha=0.4, color=name)
     calm = series.smooth().thinned(POINTS[screen])
     marker = "o" if len(series) == 1 else ""
-    axes.plot(calm.steps, calm.values, marker=marker, color=name, **options)
+    axes.plot(*calm.broken(), marker=marker, color=name, **options)
 
 
-def step_axis(axes: Axes, unit: str) -> None:
+def step_axis(axes: Axes, run: Run) -> None:
+    """The whole run from left to right."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_xlabel(unit)
+    axes.set_xlabel(run.unit)
+    axes.set_xlim(run.first_step - 0.6, run.last_step + 0.6)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
 
 

@@ -26,7 +26,7 @@ def reward(run: Run) -> Chart:
             axes.plot(calm.steps, calm.values, "D-", ms=5, lw=1.2, color=d.color("adaptive"), label="evaluation")
             d.legend(figure, screen)
         axes.set_ylabel("mean reward")
-        d.step_axis(axes, run.unit)
+        d.step_axis(axes, run)
 
     finding = f"From {rewards.first:.3f} in the first fifth of the logged steps to {rewards.last:.3f} in the last"
     finding += (
@@ -36,8 +36,8 @@ def reward(run: Run) -> Chart:
         key="reward",
         title="Reward",
         label=f"Line chart: mean reward over {len(rewards):,} logged steps",
-        how_to_read="The mean reward of each step's completions, as the trainer logs it: dots are single steps, which see different "
-        "prompts, the line follows their median. Atlas changes how fast completions are made, not which ones.",
+        how_to_read="The mean reward of each step's completions, as the trainer logs it: dots are single steps, which see "
+        "different prompts, the line follows their median. Atlas changes how fast completions are made, not which ones.",
         finding=finding,
         draw=draw,
     )
@@ -64,7 +64,7 @@ def lengths(run: Run) -> Chart:
         d.legend(figure, screen)
         axes.set_ylabel("tokens per completion")
         axes.set_ylim(0, None)
-        d.step_axis(below, run.unit)
+        d.step_axis(below, run)
 
     finding = f"Completions were {means.first:,.0f} tokens long on average at first and {means.last:,.0f} at the end."
     if len(bands["p90"]):
@@ -72,13 +72,14 @@ def lengths(run: Run) -> Chart:
         finding += f" One in ten was longer than {bands['p90'].last:,.0f}, {ratio:.1f} times the median"
         finding += ": these are what a rollout waits for." if ratio > 1.5 else "."
     if len(clipped):
-        finding += f" {clipped.last:.1f} % reached the limit of length and were cut off."
+        share = f"{clipped.last:.1f} %" if clipped.last else "None"
+        finding += f" {share} of the last fifth reached the limit of length and {'was' if share == 'None' else 'were'} cut off."
     return Chart(
         key="lengths",
         title="Lengths of completions",
         label="Line chart: mean length of completions, and a band that holds eight of ten",
-        how_to_read="Long completions finish last and alone. The wider the band, the longer a rollout runs with few completions left, "
-        "which is where drafts pay most.",
+        how_to_read="Long completions finish last and alone. The wider the band, the longer a rollout runs with few completions "
+        "left, which is where drafts pay most.",
         finding=finding,
         draw=draw,
         heights=(320, 320),

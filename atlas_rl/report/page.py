@@ -28,16 +28,16 @@ WORDS = {
     "completion": "What the policy writes as an answer to a prompt, token by token (a token is a word or a part of one).",
     "rollout": "Making the completions that a training step learns from: one call of generate.",
     "training step": "Make a rollout, score it with the reward, change the policy's weights (a policy update).",
-    "decode step": "One forward of the policy over all completions that are not finished. Without drafts it gives each of them one "
-    "token, with drafts one or more.",
+    "decode step": "One forward of the policy over all completions that are not finished. Without drafts it gives each of them "
+    "one token, with drafts one or more.",
     "draft, drafter": "A drafter guesses the tokens that come next; the policy checks the guesses in one forward and keeps those "
     "that are its own choice. Drafts can make a rollout faster or slower, never change what it says.",
     "suffix": "The drafter that looks up what followed the same words before, in this and in earlier completions.",
     "static": "A small network, trained beforehand (or early in the run) to guess for the policy, and then left as it is.",
-    "adaptive": "A small network as well (`recurrent` in the log), retrained while the policy changes, so that it keeps up.",
+    "adaptive": "A small network as well (“recurrent” in the log), retrained while the policy changes, so that it keeps up.",
     "plain decoding, no drafts": "One token per completion and forward. Speed-ups are over this, done by the same engine.",
     "estimate": "What plain decoding would have taken is not run, but worked out from step times measured in the same rollouts. "
-    "`atlas-rl bench` runs both.",
+    "The command atlas-rl bench runs both.",
     "rank": "One of several processes that train together.",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -43,6 +44,14 @@ class Run:
     def unit(self) -> str:
         """What rollouts are counted by."""
         return "training step" if self.steps else "call of generate"
+
+    @property
+    def first_step(self) -> int:
+        return min([*self.rollouts, *self.steps])
+
+    @property
+    def last_step(self) -> int:
+        return max([*self.rollouts, *self.steps])
 
     @property
     def last_fifth(self) -> list[Row]:
@@ -144,6 +153,17 @@ class Series:
         if not parts:
             return self
         return Series([median(self.steps[p]) for p in parts], [median(self.values[p]) for p in parts])
+
+    def broken(self) -> tuple[list[float], list[float]]:
+        """For a line that does not bridge gaps: a point that is no number in each that is much wider than usual."""
+        gaps = [b - a for a, b in zip(self.steps, self.steps[1:])]
+        widest = 4 * median(gaps) if gaps else 0.0
+        steps, values = self.steps[:1], self.values[:1]
+        for step, value, gap in zip(self.steps[1:], self.values[1:], gaps):
+            if gap > widest:
+                steps, values = [*steps, step], [*values, math.nan]
+            steps, values = [*steps, step], [*values, value]
+        return steps, values
 
     def smooth(self) -> Series:
         """Medians of neighbours, a tenth of the run wide: single steps are at the mercy of the machine."""

@@ -26,7 +26,8 @@ PARTS = {
     "exchange": "exchange between ranks",
     "idle": "waiting for other ranks",
     "other": "other work of rollouts",
-    "rest": "rest of the training step",
+    "rollouts": "all of the rollouts",
+    "rest": "the trainer's own work",
 }
 """Of a step's seconds, from the bottom up."""
 MOST_BARS = {"wide": 60, "narrow": 24}
@@ -45,7 +46,7 @@ def speed(run: Run) -> Chart:
         axes.set_ylabel("tokens per second")
         axes.set_ylim(0, 1.15 * max(np.percentile(s.values, 98) for s in (with_drafts, plain) if len(s)))
         axes.yaxis.set_major_formatter("{x:,.0f}")
-        d.step_axis(axes, run.unit)
+        d.step_axis(axes, run)
 
     how = (
         "Generated tokens per second of rollout time, everything that a rollout costs included. Dots are single steps, the line "
@@ -82,25 +83,23 @@ def parts_of_steps(run: Run) -> Chart:
     total: Counter[str] = Counter()
     for parts in by_step.values():
         total.update(parts)
-    names = [name for name in PARTS if total[name] > 0.002 * total.total()]
+    rollouts = total.total() - total["rest"]
+    names = [name for name in PARTS if name != "rest" and total[name] > 0.004 * rollouts]
+    for parts in by_step.values():
+        parts["rollouts"] = sum(seconds for name, seconds in parts.items() if name != "rest")
 
     def draw(figure: Figure, screen: str) -> None:
-        axes = figure.subplots()
-        steps = list(by_step)
-        width = -(-len(steps) // MOST_BARS[screen])
-        groups = [steps[start : start + width] for start in range(0, len(steps), width)]
-        places, bottom = [mean(group) for group in groups], np.zeros(len(groups))
-        for name in names:
-            heights = np.array([mean(by_step[step].get(name, 0.0) for step in group) for group in groups])
-            axes.bar(places, heights, 0.82 * width, bottom, color=d.color(name), lw=0)
-            bottom += heights
-        axes.set_ylim(0, 1.1 * _ceiling(bottom))
-        axes.set_ylabel("seconds" if width == 1 else f"seconds, mean of {width} steps")
-        d.step_axis(axes, run.unit)
-        d.legend(figure, screen, [d.patch(name, PARTS[name]) for name in names], 3 if screen == "wide" else 1)
+        above, *below = figure.subplots(2 if run.steps else 1, 1, sharex=True, squeeze=False)[:, 0]
+        _stack(above, by_step, names, MOST_BARS[screen])
+        above.set_title("rollouts")
+        for axes in below:
+            _stack(axes, by_step, ["rollouts", "rest"], MOST_BARS[screen])
+            axes.set_title("the whole training step")
+        d.step_axis(figure.axes[-1], run)
+        patches = [d.patch(name, PARTS[name]) for name in [*names, *(["rollouts", "rest"] if below else [])]]
+        d.legend(figure, screen, patches, 4 if screen == "wide" else 2)
 
-    rollouts = total.total() - total["rest"]
-    largest = max((name for name in names if name != "rest"), key=total.__getitem__)
+    largest = max(names, key=total.__getitem__)
     finding = f"Of the rollouts' time {total[largest] / rollouts:.0%} went into {PARTS[largest]}"
     finding += f", {total['draft'] / rollouts:.0%} into drafting" if largest != "draft" and total["draft"] else ""
     finding += f", {total['retrain'] / rollouts:.1%} into retraining." if total["retrain"] else "."
@@ -113,12 +112,25 @@ def parts_of_steps(run: Run) -> Chart:
         key="seconds",
         title="Where the time goes",
         label=f"Stacked bars: seconds of each {run.unit} by what they were spent on",
-        how_to_read="Each bar is the wall time of one step (of a few, in long runs), from its rollouts at the bottom to the rest of the "
-        "training step, the trainer's own work, on top. Bars that leave the chart are longer than it shows.",
+        how_to_read="Each bar is one step (the mean of a few, in long runs). Above: what its rollouts spent their time on. "
+        "Below: the rollouts beside the trainer's own work. Bars that leave the chart are longer than it shows.",
         finding=finding,
         draw=draw,
-        heights=(360, 430),
+        heights=(440, 560),
     )
+
+
+def _stack(axes: Axes, by_step: dict[int, dict[str, float]], names: list[str], most: int) -> None:
+    steps = list(by_step)
+    width = -(-len(steps) // most)
+    groups = [steps[start : start + width] for start in range(0, len(steps), width)]
+    places, bottom = [mean(group) for group in groups], np.zeros(len(groups))
+    for name in names:
+        heights = np.array([mean(by_step[step].get(name, 0.0) for step in group) for group in groups])
+        axes.bar(places, heights, 0.82 * width, bottom, color=d.color(name), lw=0)
+        bottom += heights
+    axes.set_ylim(0, 1.1 * _ceiling(bottom))
+    axes.set_ylabel("seconds")
 
 
 def _ceiling(heights: np.ndarray) -> float:
@@ -169,8 +181,8 @@ def within_rollouts(run: Run) -> Chart:
         key="timeline",
         title="Inside a rollout",
         label=f"Area charts: live completions against time in the rollout of {run.unit} {step:,}, coloured by drafter",
-        how_to_read="All completions start together and leave as they finish, so that few are left at the end. The colour says who "
-        "drafts: what pays for a handful of completions may not pay for many. Narrow stripes are trials of another drafter.",
+        how_to_read="Completions leave as they finish, so that few are left at the end. The colour says who drafts: what pays for "
+        "a handful of completions may not pay for many. Narrow stripes are trials of another drafter.",
         finding=_tail(row["timeline"], f"In {run.unit} {step:,}"),
         draw=draw,
         heights=(320, 520),
@@ -228,7 +240,7 @@ def idle(run: Run) -> Chart:
             d.legend(figure, screen)
         axes.set_ylabel("% of the ranks' rollout time")
         axes.set_ylim(0, None)
-        d.step_axis(axes, run.unit)
+        d.step_axis(axes, run)
 
     finding = f"The {len(run.ranks)} ranks waited {mean(waited.values):.1%} of their rollout time"
     if len(forecast):
@@ -239,8 +251,8 @@ def idle(run: Run) -> Chart:
         key="idle",
         title="Ranks that wait",
         label="Line chart: share of rollout time that ranks waited for the slowest one",
-        how_to_read="All ranks have to finish their rollouts before the training step goes on; one with longer completions makes the "
-        "others wait. Moving completions to ranks with less to do shortens that.",
+        how_to_read="All ranks have to finish their rollouts before the training step goes on; one with longer completions makes "
+        "the others wait. Moving completions to ranks with less to do shortens that.",
         finding=finding + ".",
         draw=draw,
     )

@@ -54,7 +54,7 @@ def test_of_a_rollout():
     assert timeline["rows"] == sorted(timeline["rows"], reverse=True)
     assert set(timeline["arms"]) <= set(row["arms"]) | {"plain"}
     decoding = sum(seconds[name] for name in ("draft", "verify", "sample"))
-    assert timeline["seconds"][-1] - timeline["seconds"][0] == pytest.approx(decoding, rel=0.2)
+    assert 0.99 * decoding <= timeline["seconds"][-1] - timeline["seconds"][0]
     assert timeline["seconds"][-1] <= seconds["total"]
     lens = sorted(len(rollout.token_ids) for rollout in rollouts)
     assert (row["lengths"]["min"], row["lengths"]["max"]) == (lens[0], lens[-1])
