@@ -50,7 +50,6 @@ def acceptance(run: Run) -> Chart:
         )
     return Chart(
         key="acceptance",
-        title="How often drafts are right",
         label="Line chart: share of accepted draft tokens by drafter; bars: by place in the draft",
         how_to_read="A drafter guesses the next tokens, the policy checks all of them in one forward, and those up to the first "
         "wrong one are kept. The policy changes with every update: a drafter that is left as it is may fall behind.",
@@ -118,13 +117,12 @@ def retraining(run: Run) -> Chart:
     gain = mean(np.subtract(after.values, before.values))
     return Chart(
         key="retraining",
-        title="Retraining the adaptive drafter",
         label="Dots: the adaptive drafter's tokens per step before and after each update; bars: seconds of the updates",
-        how_to_read="After a policy update the adaptive drafter may learn from what the policy has written. Above: how many tokens "
-        "a step would bring with its drafts, on completions that it has not learned from. Below: what the update took.",
+        how_to_read="After a policy update the adaptive drafter may learn from what the policy has written. Above: how many "
+        "tokens a step would bring with its drafts, on completions that it has not learned from. Below: what the update took.",
         finding=f"{len(updates):,} updates with {steps:,} optimizer steps took {total:.3g} s, {share:.1%} of the rollouts' time; "
-        f"{kept:,} of them were kept. The drafter was at {before.values[0]:.2f} tokens per step before the first and at "
-        f"{after.values[-1]:.2f} after the last; one update changed that by {gain:+.3f} on average.",
+        f"{kept:,} of them {'was' if kept == 1 else 'were'} kept. The drafter was at {before.values[0]:.2f} tokens per step "
+        f"before the first and at {after.values[-1]:.2f} after the last; one update changed that by {gain:+.3f} on average.",
         draw=draw,
         heights=(340, 340),
     )
@@ -173,11 +171,10 @@ def parts(run: Run) -> Chart:
     verdict = "about as much as" if 0.99 < ratio < 1.01 else "more than" if ratio > 1 else "less than"
     return Chart(
         key="parts",
-        title="What each part is worth",
         label="Bars: estimated speed-up with each drafter alone, and with all of them",
-        how_to_read="Estimates of how much faster than plain decoding the rollouts would have been with one drafter alone, used only "
-        "where it pays, from the acceptance and the step times of this run. The last bar is the run as it was: it also paid for "
-        "trying out which drafter is best, which those with one drafter are not charged for.",
+        how_to_read="Estimates of how much faster than plain decoding the rollouts would have been with one drafter alone, used "
+        "only where it pays, from the acceptance and the step times of this run. The last bar is the run as it was: it also paid "
+        "for trying out which drafter is best, which those with one drafter are not charged for.",
         finding=f"All together brought {full:.2f}×, {verdict} the best single part would have ({d.arm_label(best)}, "
         f"{speedups[best]:.2f}×).",
         draw=draw,

@@ -63,6 +63,7 @@ NAMES = {
 
 STYLE = {
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "font.size": 11.5,
     "axes.titlesize": 11.5,
     "axes.titlelocation": "left",
@@ -101,7 +102,6 @@ STYLE = {
 class Chart:
     key: str
     """Of its file and its place in the page."""
-    title: str
     label: str
     """What it shows, for those who do not see it."""
     how_to_read: str
@@ -127,7 +127,7 @@ def arm_color(arm: str) -> str:
 
 
 def arm_label(arm: str) -> str:
-    return NAMES.get(arm, arm)
+    return NAMES.get(arm, arm if len(arm) <= 24 else f"{arm[:23]}…")
 
 
 def css_colors(theme: int) -> str:
@@ -165,23 +165,25 @@ def _saved(chart: Chart, screen: str, **options: Any) -> bytes:
 def _as_part_of_page(chart: Chart, screen: str, svg: bytes) -> str:
     """Colours by variables, the page's font, names that no other chart has, and nothing but the drawing."""
     text = svg.decode()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    for name, (light, _) in COLORS.items():
-        text = text.replace(light, f"var(--c-{name})")
-    text = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", text)
-    text = re.sub(r" (font-family|font): var\(--sans\);", "", text)
+    text = re.sub(
+        r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL
+    )
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
     prefix = f"{chart.key}-{screen}-"
-    text = re.sub(r' id="([^"]+)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else "", text)
-    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}", text)
-    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)  # each text's words again
-    text = re.sub(r"(\d+\.\d\d)\d+", r"\1", text)
+    variables = {light: f"var(--c-{name})" for name, (light, _) in COLORS.items()}
+
+    def changed(match: re.Match[str]) -> str:
+        tag = re.sub(r"#[0-9a-f]{6}\b", lambda m: variables.get(m[0], m[0]), match[0])
+        tag = re.sub(r" (font-family|font): [^;]*;|'DejaVu Sans'[^;\"]*", "", tag)
+        tag = re.sub(r' id="([^"]+)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else "", tag)
+        tag = re.sub(r'(?:xlink:)?(href="#)|(url\(#)', lambda m: f"{m[1] or m[2]}{prefix}", tag)
+        return re.sub(r"(\d+\.\d\d)\d+", r"\1", tag)
+
+    text = re.sub(r"<[^>]+>", changed, re.sub(r"\s*\n\s*", " ", text)).replace("> <", "><")
     box = re.search(r'viewBox="[^"]+"', text)[0]
-    title = f"{prefix}title"
-    head = (
-        f'<svg {box} class="{screen}" role="img" aria-labelledby="{title}" xmlns:xlink="http://www.w3.org/1999/xlink">'
-    )
-    return re.sub(r"<svg[^>]*>", lambda _: f'{head}<title id="{title}">{escape(chart.label)}</title>', text, count=1)
+    head = f'<svg {box} class="{screen}" role="img" aria-labelledby="{prefix}title">'
+    title = f'<title id="{prefix}title">{escape(chart.label)}</title>'
+    return head + title + text[text.index(">") + 1 :]
 
 
 # ---- common to charts --------------------------------------------------------------------------------------------------------

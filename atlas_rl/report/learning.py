@@ -34,7 +34,6 @@ def reward(run: Run) -> Chart:
     )
     return Chart(
         key="reward",
-        title="Reward",
         label=f"Line chart: mean reward over {len(rewards):,} logged steps",
         how_to_read="The mean reward of each step's completions, as the trainer logs it: dots are single steps, which see "
         "different prompts, the line follows their median. Atlas changes how fast completions are made, not which ones.",
@@ -76,7 +75,6 @@ def lengths(run: Run) -> Chart:
         finding += f" {share} of the last fifth reached the limit of length and {'was' if share == 'None' else 'were'} cut off."
     return Chart(
         key="lengths",
-        title="Lengths of completions",
         label="Line chart: mean length of completions, and a band that holds eight of ten",
         how_to_read="Long completions finish last and alone. The wider the band, the longer a rollout runs with few completions "
         "left, which is where drafts pay most.",

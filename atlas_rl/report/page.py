@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
 from atlas_rl import __version__
 from atlas_rl.report.drafters import acceptance, parts, retraining
 from atlas_rl.report.drawing import Chart, NoFigure, css_colors, svgs_of, write_png
@@ -13,17 +16,17 @@ from atlas_rl.report.run import Run
 from atlas_rl.report.speed import idle, parts_of_steps, speed, within_rollouts
 from atlas_rl.telemetry.summary import RunSummary
 
-CHARTS: tuple[tuple[str, Callable[[Run], Chart]], ...] = (
-    ("Speed of the rollouts", speed),
-    ("Where the time goes", parts_of_steps),
-    ("Inside a rollout", within_rollouts),
-    ("What each part is worth", parts),
-    ("How often drafts are right", acceptance),
-    ("Retraining the adaptive drafter", retraining),
-    ("Reward", reward),
-    ("Lengths of completions", lengths),
-    ("Ranks that wait", idle),
-)
+CHARTS: dict[str, Callable[[Run], Chart]] = {
+    "Speed of the rollouts": speed,
+    "Where the time goes": parts_of_steps,
+    "Inside a rollout": within_rollouts,
+    "What each part is worth": parts,
+    "How often drafts are right": acceptance,
+    "Retraining the adaptive drafter": retraining,
+    "Reward": reward,
+    "Lengths of completions": lengths,
+    "Ranks that wait": idle,
+}
 WORDS = {
     "completion": "What the policy writes as an answer to a prompt, token by token (a token is a word or a part of one).",
     "rollout": "Making the completions that a training step learns from: one call of generate.",
@@ -48,22 +51,12 @@ def write_report(run: Run, out: Path, tell: Callable[[str], None] = lambda line:
     Raises:
         ValueError: matplotlib is not installed, or the folder cannot be written to.
     """
-    drawn, left_out = [], {}
-    for title, make in CHARTS:
-        try:
-            drawn.append(make(run))
-        except NoFigure as reason:
-            left_out[title] = str(reason)
-    figures = []
-    for chart in drawn:
-        tell(f"drawing: {chart.title}")
-        figures.append((chart, svgs_of(chart)))
-    page, pictures = out / "index.html", [out / f"{chart.key}.png" for chart in drawn]
-    html = _html(run, figures, left_out)
+    html, charts = make_page(run, tell)
+    page, pictures = out / "index.html", [out / f"{chart.key}.png" for chart in charts]
     try:
         out.mkdir(parents=True, exist_ok=True)
         page.write_text(html, encoding="utf-8")
-        for chart, picture in zip(drawn, pictures):
+        for chart, picture in zip(charts, pictures):
             tell(f"writing {picture.name}")
             write_png(chart, picture)
     except OSError as error:
@@ -71,27 +64,35 @@ def write_report(run: Run, out: Path, tell: Callable[[str], None] = lambda line:
     return [page, *pictures]
 
 
-def _html(run: Run, figures: list[tuple[Chart, dict[str, str]]], left_out: dict[str, str]) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
+def make_page(run: Run, tell: Callable[[str], None] = lambda line: None) -> tuple[str, list[Chart]]:
+    """The HTML, and the charts that it shows."""
+    figures, left_out = [], {}
+    for title, make in CHARTS.items():
+        tell(f"drawing: {title}")
+        try:
+            chart = make(run)
+        except NoFigure as reason:
+            left_out[title] = str(reason)
+            continue
+        figures.append((title, chart, {screen: Markup(svg) for screen, svg in svgs_of(chart).items()}))
     environment = Environment(
         loader=PackageLoader("atlas_rl.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    return environment.get_template("page.html").render(
+    html = environment.get_template("page.html").render(
         name=run.path.resolve().parent.name,
         path=str(run.path),
         num_rows=run.num_rows,
         version=__version__,
         sentence=in_a_sentence(run),
         cards=list(cards(run.summary)),
-        figures=[(chart, {screen: Markup(svg) for screen, svg in svgs.items()}) for chart, svgs in figures],
+        figures=figures,
         left_out=left_out,
         table=list(run.summary.rows()),
         words=WORDS,
         light=Markup(css_colors(0)),
         dark=Markup(css_colors(1)),
     )
+    return html, [chart for _, chart, _ in figures]
 
 
 def in_a_sentence(run: Run) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,7 +58,6 @@ def speed(run: Run) -> Chart:
         finding += f", where it would have been {plain.last:,.0f} without drafts ({gain:.2f} times as fast as that)"
     return Chart(
         key="speed",
-        title="Speed of the rollouts",
         label=f"Line chart: tokens per second over {len(with_drafts):,} {run.unit}s",
         how_to_read=how,
         finding=f"{finding}. {_slowest_step(run)}",
@@ -110,7 +108,6 @@ def parts_of_steps(run: Run) -> Chart:
         )
     return Chart(
         key="seconds",
-        title="Where the time goes",
         label=f"Stacked bars: seconds of each {run.unit} by what they were spent on",
         how_to_read="Each bar is one step (the mean of a few, in long runs). Above: what its rollouts spent their time on. "
         "Below: the rollouts beside the trainer's own work. Bars that leave the chart are longer than it shows.",
@@ -179,10 +176,9 @@ def within_rollouts(run: Run) -> Chart:
     step, row = chosen.get("a typical one") or chosen["the only one"]
     return Chart(
         key="timeline",
-        title="Inside a rollout",
         label=f"Area charts: live completions against time in the rollout of {run.unit} {step:,}, coloured by drafter",
-        how_to_read="Completions leave as they finish, so that few are left at the end. The colour says who drafts: what pays for "
-        "a handful of completions may not pay for many. Narrow stripes are trials of another drafter.",
+        how_to_read="Completions leave as they finish, so that few are left at the end. The colour says who drafts: what pays "
+        "for a handful of completions may not pay for many. Narrow stripes are trials of another drafter.",
         finding=_tail(row["timeline"], f"In {run.unit} {step:,}"),
         draw=draw,
         heights=(320, 520),
@@ -230,7 +226,7 @@ def idle(run: Run) -> Chart:
     waited = run.series(_idle_share)
     if not len(waited):
         raise NoFigure("the ranks of this run did not meet at the end of rollouts")
-    forecast = run.series(partial(_expected_idle, key="without"))
+    forecast = run.series(_expected_idle)
 
     def draw(figure: Figure, screen: str) -> None:
         axes = figure.subplots()
@@ -249,7 +245,6 @@ def idle(run: Run) -> Chart:
         )
     return Chart(
         key="idle",
-        title="Ranks that wait",
         label="Line chart: share of rollout time that ranks waited for the slowest one",
         how_to_read="All ranks have to finish their rollouts before the training step goes on; one with longer completions makes "
         "the others wait. Moving completions to ranks with less to do shortens that.",
@@ -264,8 +259,9 @@ def _idle_share(rows: list[Row]) -> float | None:
     return sum(row["rank_idle_s"] for row in met) / time if time else None
 
 
-def _expected_idle(rows: list[Row], key: str) -> float | None:
-    return next((row["expected_idle"][key] for row in rows if "expected_idle" in row), None)
+def _expected_idle(rows: list[Row]) -> float | None:
+    """None also where nothing was known of lengths yet."""
+    return next((row["expected_idle"]["without"] for row in rows if "expected_idle" in row), None) or None
 
 
 def _percent(series: Series) -> Series:
