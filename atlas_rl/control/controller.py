@@ -209,7 +209,7 @@ class Controller:
         """Decode seconds of the rollout that is over with each drafter alone, as far as they have shown what they can, over those
         of plain decoding. Empty where nothing is timed."""
         is_timed = not self.deterministic and self.step_cost.seconds(1) is not None
-        tried = {name for arm, _ in self.parts.shown for name in arm}
+        tried = {name for arm, _ in self.parts.steps for name in arm}
         tried |= {name for name, acceptance in self.acceptance.items() if acceptance.total_K[0] > PRIOR_TOKENS}
         return self.parts.close(sorted(tried - self.benched) if is_timed else [], self.predicted_rate)
 

@@ -126,12 +126,13 @@ class Decoding:
         estimates = self.step_cost.seconds(np.array([num_rows, num_tokens]), num_cached)
         if num_tokens > num_rows and estimates is not None:
             scale = min(1.0, estimates[0] / estimates[1])
-        plain_seconds = seconds * scale * num_emitted / num_rows
-        self.plain_seconds += plain_seconds
+        self.plain_seconds += seconds * scale * num_emitted / num_rows
         plan, seconds, now = self.speculator.plan, seconds + drafting, time.perf_counter()
         if stats.timeline is not None:
             stats.timeline.record(now - seconds, now, num_rows, plan.arm)
-        self.speculator.controller.parts.record(plan.asked, num_rows, num_cached, plain_seconds, seconds)
+        if estimates is not None:
+            parts = self.speculator.controller.parts
+            parts.record(plan.asked, num_rows, num_cached, num_emitted, seconds, float(estimates[0]))
         self.speculator.settle(num_rows, seconds)
 
     def _sample(
