@@ -79,6 +79,11 @@ def test_own_model_data_and_reward(run_dir, capsys):
     assert all(row["phase"] == "train" and row["completion_tokens"] > 0 for row in rollouts)
     assert sum(row["kind"] == "step" for row in rows) == 2
 
+    assert main(["report", "out"]) == 0
+    assert "out/report/index.html" in capsys.readouterr().out
+    page = (run_dir / "out" / "report" / "index.html").read_text()
+    assert all(f'<section id="{chart}">' in page for chart in ("speed", "seconds", "timeline", "reward", "lengths"))
+
 
 def test_latest_goes_on_from_the_newest_complete_checkpoint(run_dir, capsys, caplog):
     saving = ["--save_strategy", "steps", "--save_steps", "1", "--resume_from_checkpoint"]

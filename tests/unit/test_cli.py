@@ -39,7 +39,7 @@ def test_overview_names_every_command(capsys):
     assert all(name in overview for name in ("train", "bench", "doctor", "configs/quickstart.yaml"))
 
 
-@pytest.mark.parametrize("command", ["train", "drafter", "doctor"])
+@pytest.mark.parametrize("command", ["train", "report", "drafter", "doctor"])
 def test_help_teaches_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
