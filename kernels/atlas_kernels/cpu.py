@@ -16,6 +16,7 @@ SIGNATURES = {
     "packed_linear": [POINTER] * 2 + [INT] + [POINTER] * 2,
     "silu_mul": [POINTER] + [INT] * 2 + [POINTER],
     "rope_and_store": [POINTER] * 3 + [FLOAT] + [POINTER] * 6 + [INT] * 5,
+    "decode": [POINTER] * 4 + [INT] + [POINTER] * 2,
     "store_kv": [POINTER] * 2 + [INT] * 2 + [POINTER] * 3 + [INT] * 4,
     "paged_attention": [POINTER] + [INT] * 2 + [POINTER] * 5 + [INT] * 6 + [FLOAT] * 2 + [INT] + [POINTER],
     "coupled_sample": [POINTER] + [INT] * 2 + [FLOAT] + [POINTER] * 4,
