@@ -64,7 +64,9 @@ class Decoder:
     def __init__(self, layers: list[LayerWeights], final_norm: torch.Tensor, eps: float) -> None:
         self.weights = (layers, final_norm)  # the pointers are theirs
         self.layers = (_Layer * len(layers))(*map(_layer, layers))
-        self.model = _Decoder(addressof(self.layers), len(layers), len(final_norm), eps, final_norm.data_ptr(), None, None)
+        self.model = _Decoder(
+            addressof(self.layers), len(layers), len(final_norm), eps, final_norm.data_ptr(), None, None
+        )
         first = layers[0]
         products = (first.qkv, first.out, first.gate_up, first.down)
         assert all(

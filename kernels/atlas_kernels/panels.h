@@ -71,7 +71,7 @@ void tile(const Weight& weight, int64_t panel, const float* x, int64_t x_stride,
         if (ROWS > MAX_ROWS / 2)
             for (int v = 0; v < 2; v++) __builtin_prefetch(w + AHEAD + v * REGISTER, 0, 2);
         Vec part[2] = {load(w), load(w + REGISTER)};
-#ifdef __x86_64__
+#ifdef __AVX__
         if (ROWS > 1) asm("" : "+v"(part[0]), "+v"(part[1]));  // GCC would read them again for each of up to four rows
 #endif
 #pragma GCC unroll 16
