@@ -1,7 +1,8 @@
 """A Llama-like decoder in a handful of calls per layer: calling modules can cost more than a small model computes.
 
-On CPU in float32 the calls are compiled C++ over packed weights, and a decode step's are a single one; on an accelerator they are
-kernels over the trainer's own weights. The twin's own modules stay the reference: a fused decoder is used only if it computes what they compute.
+On CPU in float32 the calls are compiled C++ over packed weights, and those of a decode step are a single one; on an accelerator
+they are kernels over the trainer's own weights. The twin's own modules stay the reference: a fused decoder is used only if it
+computes what they compute.
 """
 
 from __future__ import annotations

@@ -28,18 +28,18 @@ struct Query {
 };
 
 // scores[t][s] = query t times the key of slot s, for SUMMED slots or fewer.
-template <int TILE, int VECS>
-inline void score(const float* keys, int64_t count, const Query* queries, int vecs, int64_t head_dim, float scaling, float* scores,
-                  int64_t pitch) {
-#pragma GCC unroll 4
-    for (int t = 0; t < TILE; t++) {
+template <int VECS>
+void score(const float* keys, int64_t count, const Query* queries, int tile, int vecs, float scaling, float* scores,
+           int64_t pitch) {
+    if (VECS) vecs = VECS;
+    for (int t = 0; t < tile; t++) {
+        const float* query = queries[t].vector;
         Vec total[SUMMED];
 #pragma GCC unroll 8
         for (int s = 0; s < SUMMED; s++) {
-            const float* key = keys + (s < count ? s : count - 1) * head_dim;
-            total[s] = load(queries[t].vector) * load(key);
-#pragma GCC unroll 8
-            for (int i = 1; i < (VECS ? VECS : vecs); i++) total[s] += load(queries[t].vector + i * LANES) * load(key + i * LANES);
+            const float* key = keys + std::min<int64_t>(s, count - 1) * vecs * LANES;
+            total[s] = load(query) * load(key);
+            for (int i = 1; i < vecs; i++) total[s] += load(query + i * LANES) * load(key + i * LANES);
         }
         float summed[SUMMED];
         sums(total, summed);
@@ -67,10 +67,7 @@ void attend(const Context& context, const Query* queries, float scaling, float s
         for (int64_t s = std::max(first, b * size); s < end; s += SUMMED) {
             const int64_t count = std::min<int64_t>(SUMMED, end - s);
             prefetch(next + (s - b * size) * dim, count * dim);
-            if (count == SUMMED)
-                score<TILE, VECS>(keys + (s - b * size) * dim, SUMMED, queries, vecs, dim, scaling, scores + s - first, pitch);
-            else
-                score<TILE, VECS>(keys + (s - b * size) * dim, count, queries, vecs, dim, scaling, scores + s - first, pitch);
+            score<VECS>(keys + (s - b * size) * dim, count, queries, TILE, vecs, scaling, scores + s - first, pitch);
         }
     }
     float norm[TILE];

@@ -98,11 +98,9 @@ class Decoder:
         """
         if self.cache is not cache:
             self._bind(cache)
-        for index, layer in enumerate(self.layers):
-            layer.tapped = None
         tapped = {index: torch.empty_like(x_ND) for index in tapped_layers}
-        for index, output in tapped.items():
-            self.layers[index].tapped = output.data_ptr()
+        for index, layer in enumerate(self.layers):
+            layer.tapped = tapped[index].data_ptr() if index in tapped else None
         self.model.cos, self.model.sin = rotations[0].data_ptr(), rotations[1].data_ptr()
         _, _, num_kv_heads, block_size, head_dim = cache[0].shape
         rows = _Rows(
