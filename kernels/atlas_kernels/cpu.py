@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ctypes import Structure, addressof, c_float, c_int64, c_void_p
 
+import numpy as np
 import torch
 
 from atlas_kernels import native
@@ -19,6 +20,7 @@ SIGNATURES = {
     "decode": [POINTER] * 4 + [INT] + [POINTER] * 2,
     "store_kv": [POINTER] * 2 + [INT] * 2 + [POINTER] * 3 + [INT] * 4,
     "paged_attention": [POINTER] + [INT] * 2 + [POINTER] * 5 + [INT] * 6 + [FLOAT] * 2 + [INT] + [POINTER],
+    "row_keys": [POINTER] * 2 + [INT] + [POINTER],
     "coupled_sample": [POINTER] + [INT] * 2 + [FLOAT] + [POINTER] * 4,
 }
 
@@ -174,6 +176,14 @@ def paged_attention(
         out.data_ptr(),
     )
     return out
+
+
+def row_keys(seeds: np.ndarray, positions: np.ndarray) -> torch.Tensor:
+    """See `reference.row_keys`."""
+    keys_2N = torch.empty(2, len(seeds), dtype=torch.int32)
+    seeds, positions = np.ascontiguousarray(seeds), np.ascontiguousarray(positions)
+    LIBRARY.functions.row_keys(seeds.ctypes.data, positions.ctypes.data, len(seeds), keys_2N.data_ptr())
+    return keys_2N
 
 
 def coupled_sample(

@@ -96,6 +96,13 @@ void store_kv(const float* key, const float* value, int64_t token_stride, int64_
         }
 }
 
+void row_keys(const int64_t* seeds, const int64_t* positions, int64_t num_rows, uint32_t* keys) {
+    for (int64_t n = 0; n < num_rows; n++) {
+        const RowKeys made = row_keys(seeds[n], positions[n]);
+        keys[n] = made.offset, keys[num_rows + n] = made.stride;
+    }
+}
+
 // The winner of argmax(x + g) is that of argmin(e / p), e = -log1p(-v), p = exp(x - max). As e >= v, a token with
 // v / p above the best e / p has lost: two comparisons spare nearly all tokens their logarithms, exactly.
 void coupled_sample(const float* logits, int64_t num_rows, int64_t vocab_size, float temperature, const uint32_t* offsets,
