@@ -114,7 +114,7 @@ def run_seed(args: argparse.Namespace, seed: int, run: dict[str, list[Step]], pr
     try:
         for name in names:
             arms[name] = ArmProcess(name, args.config, seed, args.max_steps)
-        num_steps = [arm.answer()["max_steps"] for arm in arms.values()][0]
+        num_steps = max(arm.answer()["max_steps"] for arm in arms.values())
         progress.update(bar, total=num_steps)
         for index in range(num_steps):
             for name in names if index % 2 else reversed(names):

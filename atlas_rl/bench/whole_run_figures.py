@@ -62,14 +62,14 @@ def _per_token(step: Step, seconds: float) -> float:
 
 
 def parts_of(steps: list[Step]) -> dict[str, float]:
-    """Median seconds of a step's parts; `other` is what none of the parts holds."""
+    """Median seconds of a step's parts; `other` is what none of the parts holds. Beside the whole step stands what processors
+    worked for it, all threads together: on a shared machine that varies less."""
     names = list(dict.fromkeys(name for step in steps for name in step["parts"]))
-    rows = [
-        {name: step["parts"].get(name, 0.0) for name in names}
-        | {"other": step["seconds"] - sum(step["parts"].values()), "whole step": step["seconds"]}
-        for step in steps
-    ]
-    return {name: median(row[name] for row in rows) for name in [*names, "other", "whole step"]}
+    rows = [{name: step["parts"].get(name, 0.0) for name in names} for step in steps]
+    for row, step in zip(rows, steps):
+        row["other"] = step["seconds"] - sum(row.values())
+        row |= {"whole step": step["seconds"], "processor time": step["cpu_seconds"]}
+    return {name: median(row[name] for row in rows) for name in rows[0]}
 
 
 def fifths(rewards: list[float]) -> tuple[float, float]:

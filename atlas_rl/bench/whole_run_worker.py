@@ -28,7 +28,8 @@ def main() -> None:
     os.dup2(2, 1)
     task = json.loads(sys.stdin.readline())
     trainer = build(task["arm"], task["config"], task["flags"])
-    trainer.add_callback(Turns(trainer, sys.stdin, answers))
+    clock = time.perf_counter = Clock()
+    trainer.add_callback(Turns(trainer, clock, sys.stdin, answers))
     trainer.train()
 
 
@@ -55,7 +56,7 @@ def build(arm: str, config_path: str, flags: list[str]) -> Any:
 
 
 class Clock:
-    """`time.perf_counter`, but for what `wait` takes: it stands still while another arm has the machine.
+    """In place of `time.perf_counter`: the same, but for what `wait` takes: it stands still while another arm has the machine.
 
     Atlas measures how far apart policy updates are, and would spend more on retraining if it saw the other arm's steps as well.
     """
@@ -76,13 +77,12 @@ class Clock:
 class Turns(TrainerCallback):
     """Times each step and its parts, and waits before the next. A step goes from its beginning to the next one's."""
 
-    def __init__(self, trainer: Any, turns: TextIO, answers: TextIO) -> None:
+    def __init__(self, trainer: Any, clock: Clock, turns: TextIO, answers: TextIO) -> None:
         from atlas_rl.generator import AtlasRolloutGenerator
 
-        self.turns, self.answers = turns, answers
-        self.clock = time.perf_counter = Clock()
+        self.clock, self.turns, self.answers = clock, turns, answers
         self.step: dict[str, Any] | None = None
-        self.start = 0.0
+        self.start = self.cpu_start = self.optimizer_start = 0.0
         callbacks = trainer.callback_handler.callbacks
         self.atlas = next((one for one in callbacks if isinstance(one, AtlasRolloutGenerator)), None)
         timed = {
@@ -123,7 +123,8 @@ class Turns(TrainerCallback):
         self.answers.write(json.dumps(values) + "\n")
 
     def _end_step(self) -> None:
-        self._answer(self.step | {"seconds": self.clock() - self.start})
+        spent = {"seconds": self.clock() - self.start, "cpu_seconds": time.process_time() - self.cpu_start}
+        self._answer(self.step | spent)
 
     # ---- trainer events --------------------------------------------------------------------------------------------------
 
@@ -134,7 +135,7 @@ class Turns(TrainerCallback):
             self._end_step()
         self.clock.wait(self.turns)
         self.step = {"tokens": 0, "longest": 0, "parts": defaultdict(float), "atlas": defaultdict(float)}
-        self.start = self.clock()
+        self.start, self.cpu_start = self.clock(), time.process_time()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         self.optimizer_start = self.clock()

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 from recipes import PROMPTS
+from transformers import Trainer
 
+from atlas_rl import AtlasRolloutGenerator
 from atlas_rl.bench import whole_run
-from atlas_rl.bench.whole_run_worker import Clock
+from atlas_rl.bench.whole_run_worker import Clock, build
+from atlas_rl.integrations.trl import LogHook
 
 REWARDS = """
 def even(completions, **_):
@@ -55,12 +58,25 @@ def test_two_runs_side_by_side(config: Path, capsys):
         for step in steps:
             assert 0 < step["tokens"] <= 24 and step["longest"] <= 6 and 0 <= step["reward"] <= 1
             assert {"rollout", "reward", "forward", "backward", "optimizer"} <= set(step["parts"])
-            assert sum(step["parts"].values()) <= step["seconds"]
+            assert sum(step["parts"].values()) <= step["seconds"] and step["cpu_seconds"] > 0
     theirs, ours = run["arms"].values()
-    assert not any(step["atlas"] for step in theirs), "Atlas took part in TRL's arm"
+    assert not any(step["atlas"] for step in theirs)
     assert all(0 < step["atlas"]["total"] <= step["parts"]["rollout"] for step in ours)
     overall = result["summary"]["atlas"]["overall"]
     assert overall["pairs"] == 3 and overall["bound"] > 0
+
+
+@pytest.mark.parametrize(("arm", "speculates"), [("trl_generate", None), ("atlas", True), ("atlas_plain", False)])
+def test_an_arm_is_what_it_is_called(config: Path, monkeypatch, arm: str, speculates: bool | None):
+    monkeypatch.syspath_prepend(".")
+    num_users, original_log = LogHook.num_users, Trainer.log
+    trainer = build(arm, str(config), ["--output_dir", "out", "--report_to", "none"])
+    found = [one for one in trainer.callback_handler.callbacks if isinstance(one, AtlasRolloutGenerator)]
+    assert [one.config.speculate for one in found] == ([] if speculates is None else [speculates])
+    assert ("generate" in vars(trainer.model)) == bool(found)
+    for one in found:
+        one.detach()
+    assert LogHook.num_users == num_users and Trainer.log is original_log
 
 
 def test_a_process_that_fails_says_why(config: Path, capsys):
@@ -84,7 +100,7 @@ class Arms:
         if self.taken.count((1, self.name)):
             raise KeyboardInterrupt
         self.taken.append((self.seed, self.name))
-        return {"seconds": 2.0, "parts": {"rollout": 1.0}, "tokens": 8, "longest": 4, "reward": 0.5}
+        return {"seconds": 2.0, "cpu_seconds": 2.0, "parts": {"rollout": 1.0}, "tokens": 8, "longest": 4, "reward": 0.5}
 
     def close(self) -> None:
         self.taken.append((self.seed, "closed"))

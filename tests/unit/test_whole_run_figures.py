@@ -12,7 +12,7 @@ from atlas_rl.bench.whole_run_figures import bound, compare_rewards, compare_spe
 
 def step(rollout: float, rest: float, tokens: int = 100, reward: float = 0.0) -> dict:
     parts = {"rollout": rollout, "forward": rest / 2}
-    return {"seconds": rollout + rest, "parts": parts, "tokens": tokens, "reward": reward}
+    return {"seconds": rollout + rest, "cpu_seconds": 2.0, "parts": parts, "tokens": tokens, "reward": reward}
 
 
 def test_bound_is_amdahls():
@@ -55,7 +55,7 @@ def test_pairs_end_with_the_shorter_run_and_leave_out_steps_without_rollouts():
 
 def test_parts_name_what_is_left():
     parts = parts_of([step(3.0, 2.0), step(5.0, 4.0), step(3.0, 2.0)])
-    assert parts == {"rollout": 3.0, "forward": 1.0, "other": 1.0, "whole step": 5.0}
+    assert parts == {"rollout": 3.0, "forward": 1.0, "other": 1.0, "whole step": 5.0, "processor time": 2.0}
 
 
 def test_fifths():
