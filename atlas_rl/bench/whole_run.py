@@ -212,7 +212,8 @@ def show(console: Console, result: dict[str, Any], seeds: list[int]) -> None:
 
 
 def speed_table(arm: str, found: dict[str, Any], seeds: list[int]) -> Table:
-    """A column per seed, and one of all; medians over pairs of steps."""
+    """A column per seed, and one of all. Medians over pairs of steps, but means of tokens and of the longest completions, to
+    which a trainer's forward and backward pad the others."""
     columns = dict(zip([*(f"seed {seed}" for seed in seeds), "all"], [*found["by_seed"], found["overall"]]))
     lines: dict[str, Callable[[dict[str, Any]], str]] = {
         "pairs of steps": lambda row: str(row["pairs"]),
@@ -220,6 +221,8 @@ def speed_table(arm: str, found: dict[str, Any], seeds: list[int]) -> Table:
         f"seconds per step, {arm}": lambda row: f"{row['seconds_per_step'][1]:.3f}",
         f"tokens per step, {REFERENCE}": lambda row: f"{row['tokens_per_step'][0]:,.0f}",
         f"tokens per step, {arm}": lambda row: f"{row['tokens_per_step'][1]:,.0f}",
+        f"longest completion, {REFERENCE}": lambda row: f"{row['longest'][0]:.0f}",
+        f"longest completion, {arm}": lambda row: f"{row['longest'][1]:.0f}",
         f"rollouts' share of {REFERENCE}'s step": lambda row: f"{row['rollout_share']:.1%}",
         "rollout ratio (seconds per token)": lambda row: f"{row['rollout_ratio']['median']:.2f}",
         "bound on a step's speed-up": lambda row: f"{row['bound']:.2f}",

@@ -45,6 +45,7 @@ def compare_speed(pairs: list[tuple[Step, Step]]) -> dict[str, Any]:
         "pairs": len(pairs),
         "seconds_per_step": [median(step["seconds"] for step in steps) for steps in zip(*pairs)],
         "tokens_per_step": [fmean(step["tokens"] for step in steps) for steps in zip(*pairs)],
+        "longest": [fmean(step["longest"] for step in steps) for steps in zip(*pairs)],
         "rollout_share": share,
         "rollout_ratio": ratio,
         "bound": limit,

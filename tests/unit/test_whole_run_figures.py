@@ -12,7 +12,14 @@ from atlas_rl.bench.whole_run_figures import bound, compare_rewards, compare_spe
 
 def step(rollout: float, rest: float, tokens: int = 100, reward: float = 0.0) -> dict:
     parts = {"rollout": rollout, "forward": rest / 2}
-    return {"seconds": rollout + rest, "cpu_seconds": 2.0, "parts": parts, "tokens": tokens, "reward": reward}
+    return {
+        "seconds": rollout + rest,
+        "cpu_seconds": 2.0,
+        "parts": parts,
+        "tokens": tokens,
+        "longest": 9,
+        "reward": reward,
+    }
 
 
 def test_bound_is_amdahls():
