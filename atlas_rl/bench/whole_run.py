@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--seeds takes numbers, as in 0,1,2, got {args.seeds}")
     if not Path(args.config).is_file():
         parser.error(f"--config {args.config} does not exist")
+    if args.png and find_spec("matplotlib") is None:
+        parser.error("--png needs matplotlib: pip install 'atlas-rl[plots]'")
     return args
 
 

@@ -84,7 +84,7 @@ def compare_rewards(reference: list[list[float]], other: list[list[float]]) -> d
 
     The difference of the arms' means is held against its 95 % confidence interval (standard error pooled from the spread between
     seeds, Student's t). `missed`: zero lies outside. `passed`: zero lies inside, and the interval is fine enough to have shown an
-    arm that learns half as much less: its half-width is at most half of what the reference gained. Otherwise `undecided`.
+    arm that learns half as much: its half-width is at most half of what the reference gained. Otherwise `undecided`.
     """
     firsts, lasts = zip(*[zip(*map(fifths, curves)) for curves in (reference, other)])
     means = [fmean(values) for values in lasts]
