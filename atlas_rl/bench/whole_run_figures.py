@@ -33,14 +33,15 @@ def paired(runs: Runs, reference: str, arm: str) -> list[tuple[Step, Step]]:
 def compare_speed(pairs: list[tuple[Step, Step]]) -> dict[str, Any]:
     """Of pairs (reference's step, other arm's step).
 
-    The rollout ratio is one of seconds per token, as the arms draw other random numbers and so make completions of other lengths.
+    Arms draw other random numbers, and so make completions of other lengths. The rollout ratio is one of seconds per token; the
+    speed-up is stated as it is, per token, and per position of the longest completion: to that one a trainer's forward and
+    backward pad the others, and `generate` runs as many steps, so that this varies least from pair to pair.
     """
     share = median(a["parts"]["rollout"] / a["seconds"] for a, _ in pairs)
-    ratio = summarize([_per_token(a, a["parts"]["rollout"]) / _per_token(b, b["parts"]["rollout"]) for a, b in pairs])
+    rollouts = [a["parts"]["rollout"] / b["parts"]["rollout"] for a, b in pairs]
+    ratio = summarize([ratio * b["tokens"] / a["tokens"] for ratio, (a, b) in zip(rollouts, pairs)])
     limit = bound(share, ratio["median"])
     speedups = [a["seconds"] / b["seconds"] for a, b in pairs]
-    by_token = [_per_token(a, a["seconds"]) / _per_token(b, b["seconds"]) for a, b in pairs]
-    of_bound = summarize([speedup / limit for speedup in speedups])
     return {
         "pairs": len(pairs),
         "seconds_per_step": [median(step["seconds"] for step in steps) for steps in zip(*pairs)],
@@ -49,17 +50,18 @@ def compare_speed(pairs: list[tuple[Step, Step]]) -> dict[str, Any]:
         "rollout_share": share,
         "rollout_ratio": ratio,
         "bound": limit,
-        "speedup": summarize(speedups),
-        "of_bound": of_bound,
-        "verdict": judge(of_bound, TARGET),
-        "speedup_per_token": summarize(by_token),
-        "of_bound_per_token": summarize([speedup / limit for speedup in by_token]),
+        "per_step": _held_against(limit, speedups),
+        **{
+            f"per_{name}": _held_against(limit, [s * b[key] / a[key] for s, (a, b) in zip(speedups, pairs)])
+            for name, key in (("token", "tokens"), ("position", "longest"))
+        },
         "speedup_of_sums": sum(a["seconds"] for a, _ in pairs) / sum(b["seconds"] for _, b in pairs),
     }
 
 
-def _per_token(step: Step, seconds: float) -> float:
-    return seconds / step["tokens"]
+def _held_against(limit: float, speedups: list[float]) -> dict[str, Any]:
+    of_bound = summarize([speedup / limit for speedup in speedups])
+    return {"speedup": summarize(speedups), "of_bound": of_bound, **judge(of_bound, TARGET)}
 
 
 def parts_of(steps: list[Step]) -> dict[str, float]:

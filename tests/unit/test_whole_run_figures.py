@@ -10,16 +10,10 @@ import pytest
 from atlas_rl.bench.whole_run_figures import bound, compare_rewards, compare_speed, fifths, paired, parts_of
 
 
-def step(rollout: float, rest: float, tokens: int = 100, reward: float = 0.0) -> dict:
+def step(rollout: float, rest: float, tokens: int = 100, longest: int = 20) -> dict:
     parts = {"rollout": rollout, "forward": rest / 2}
-    return {
-        "seconds": rollout + rest,
-        "cpu_seconds": 2.0,
-        "parts": parts,
-        "tokens": tokens,
-        "longest": 9,
-        "reward": reward,
-    }
+    seconds = rollout + rest
+    return {"seconds": seconds, "cpu_seconds": 2.0, "parts": parts, "tokens": tokens, "longest": longest}
 
 
 def test_bound_is_amdahls():
@@ -31,25 +25,29 @@ def test_a_step_whose_rest_stays_the_same_reaches_the_bound():
     pairs = [(step(6.0, 4.0), step(2.0, 4.0))] * 8
     found = compare_speed(pairs)
     assert found["rollout_share"] == 0.6 and found["rollout_ratio"]["median"] == pytest.approx(3.0)
-    assert found["bound"] == pytest.approx(10 / 6) == found["speedup"]["median"]
-    assert found["of_bound"]["median"] == pytest.approx(1.0) and found["verdict"]["verdict"] == "passed"
+    assert found["bound"] == pytest.approx(10 / 6)
+    for way in ("per_step", "per_token", "per_position"):
+        assert found[way]["speedup"]["median"] == pytest.approx(10 / 6) and found[way]["verdict"] == "passed"
+        assert found[way]["of_bound"]["median"] == pytest.approx(1.0)
     assert found["seconds_per_step"] == [10.0, 6.0] and found["speedup_of_sums"] == pytest.approx(10 / 6)
 
 
 def test_what_is_added_beside_the_rollout_is_missing_from_the_bound():
     slowed = compare_speed([(step(6.0, 4.0), step(2.0, 6.0))] * 8)
     assert slowed["bound"] == pytest.approx(10 / 6), "it knows rollouts only"
-    assert slowed["of_bound"]["median"] == pytest.approx(6 / 8) and slowed["verdict"]["verdict"] == "missed"
+    assert slowed["per_step"]["of_bound"]["median"] == pytest.approx(6 / 8)
+    assert slowed["per_step"]["verdict"] == "missed"
     noisy = [(step(6.0, 4.0), step(2.0, rest)) for rest in (1.0, 2.0, 4.0, 4.0, 9.0)]
-    assert compare_speed(noisy)["verdict"]["verdict"] == "undecided", "five pairs have no interval"
+    assert compare_speed(noisy)["per_step"]["verdict"] == "undecided", "five pairs have no interval"
 
 
-def test_completions_of_other_lengths_change_no_ratio_per_token():
-    """A step with half the tokens that takes half the time."""
-    found = compare_speed([(step(6.0, 4.0), step(1.0, 2.0, tokens=50))] * 8)
+def test_completions_of_other_lengths_are_reckoned_with():
+    """A step with half the tokens that takes half the time, its longest completion two thirds as long."""
+    found = compare_speed([(step(6.0, 4.0, longest=30), step(1.0, 2.0, tokens=50))] * 8)
     assert found["rollout_ratio"]["median"] == pytest.approx(3.0)
-    assert found["of_bound_per_token"]["median"] == pytest.approx(1.0)
-    assert found["of_bound"]["median"] == pytest.approx(2.0)
+    assert found["per_step"]["of_bound"]["median"] == pytest.approx(2.0)
+    assert found["per_token"]["of_bound"]["median"] == pytest.approx(1.0)
+    assert found["per_position"]["of_bound"]["median"] == pytest.approx(4 / 3)
 
 
 def test_pairs_end_with_the_shorter_run_and_leave_out_steps_without_rollouts():
