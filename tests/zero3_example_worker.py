@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 options = SIZES | enter("zero3")
 del options["deepspeed"]  # the script's own
-options |= {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+options |= {"max_steps": int(sys.argv[2]), "save_strategy": "steps", "save_steps": 1}
 init = trl.GRPOConfig.__init__
 trl.GRPOConfig.__init__ = lambda self, **given: init(
     self, **given | {name: value for name, value in options.items() if name in trl.GRPOConfig.__dataclass_fields__}

@@ -1,6 +1,6 @@
 """Write the tables of docs/configuration.md from the docstrings of atlas_rl/config.py.
 
-python docs/make_configuration.py
+python tests/configuration_page.py
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import yaml
 
 from atlas_rl import config
 
-PAGE = Path(__file__).with_name("configuration.md")
-BEGIN, END = "<!-- tables: written by docs/make_configuration.py -->\n", "<!-- end of tables -->\n"
+PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+BEGIN, END = "<!-- tables: written by tests/configuration_page.py -->\n", "<!-- end of tables -->\n"
 SECTIONS = {"": config.AtlasConfig, "engine": config.EngineConfig, "adapt": config.AdaptConfig}
 
 
