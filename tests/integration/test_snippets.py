@@ -49,7 +49,7 @@ SLURM = {"$SLURM_NNODES": "2", "$SLURM_NODEID": "1"}
 
 
 class Parsed(Exception):
-    """A command's words are what its parser takes."""
+    """A command's words, and the files that they name, are what it takes."""
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,6 @@ def reader(folder: Path, monkeypatch) -> Path:
         AtlasRolloutGenerator, "__init__", lambda self, *args: generators.append(self) or init(self, *args)
     )
     monkeypatch.setattr(launching, "launch", checked_launch)
-    monkeypatch.setattr("atlas_rl.bench.runner.run_bench", lambda *_: [])
     yield folder
     for generator in generators:
         generator.detach()
@@ -229,6 +228,17 @@ def read_doctor(command: list[str], monkeypatch) -> None:
     parsed_by(lambda: main(command[1:]), command, monkeypatch)
 
 
+def read_bench(command: list[str], monkeypatch) -> None:
+    """Its config, arms and workloads."""
+
+    def read(*_: object) -> None:
+        raise Parsed
+
+    monkeypatch.setattr("atlas_rl.bench.runner.run_bench", read)
+    with pytest.raises(Parsed):
+        main(command[1:])
+
+
 def read_torchrun(command: list[str], monkeypatch) -> None:
     from torch.distributed.run import get_args_parser
 
@@ -275,7 +285,7 @@ def read_srun(command: list[str], monkeypatch) -> None:
 READ = {
     "make": read_make,
     "pip install": read_pip,
-    "atlas-rl bench": run_main,  # with `run_bench` put out of action
+    "atlas-rl bench": read_bench,
     "atlas-rl doctor": read_doctor,
     "python -m": read_module,
     "torchrun": read_torchrun,
