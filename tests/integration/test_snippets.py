@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -39,7 +41,7 @@ from snippets import (
 from trl.experimental.online_dpo import OnlineDPOConfig
 
 from atlas_rl import AtlasConfig, AtlasRolloutGenerator
-from atlas_rl.cli import launching, main
+from atlas_rl.cli import COMMANDS, launching, main
 from atlas_rl.cli.trl_arguments import Given
 from atlas_rl.config import read_yaml
 from atlas_rl.integrations.trl import LogHook
@@ -121,6 +123,21 @@ def is_coming(command: list[str]) -> bool:
 def test_what_the_pages_promise_is_there(name: str):
     if not (ROOT / COMING[name]).exists():
         pytest.skip(f"`{name}` needs {COMING[name]}, which does not exist yet")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_within_sentences_exist(page: Path):
+    sentences = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for text in re.findall(r"`([^`]+)`", sentences):
+        match text.split():
+            case ["atlas-rl", name, *_] if not is_coming(text.split()):
+                assert name in {*COMMANDS, "COMMAND", "--help"}, text
+            case ["make", target, *_]:
+                assert f"\n{target}:" in (ROOT / "Makefile").read_text(), text
+            case ["python", "-m", module, *_] if module != "…" and not is_coming(text.split()):
+                assert importlib.util.find_spec(module), text
+            case ["python", path, *_] if path != "-m":
+                assert (ROOT / path).is_file(), text
 
 
 # ---- commands

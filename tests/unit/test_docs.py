@@ -10,6 +10,7 @@ import configuration_page
 import pytest
 
 from atlas_rl.cli import COMMANDS
+from atlas_rl.config import AtlasConfig
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -61,6 +62,12 @@ def test_the_configuration_page_is_what_the_code_says():
     page = configuration_page.PAGE.read_text()
     assert page == configuration_page.written(page), "run `python tests/configuration_page.py`"
     assert "|  |" not in page, "a field of atlas_rl/config.py has no docstring"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_IDS)
+def test_fields_that_a_page_speaks_of_exist(page: Path):
+    for section, name in re.findall(r"`(?:--atlas\.)?(engine|adapt)\.(\w+)\b(?![./(])", page.read_text()):
+        assert hasattr(getattr(AtlasConfig(), section), name), f"{section}.{name}"
 
 
 def test_every_command_has_a_section():
