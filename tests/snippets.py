@@ -9,8 +9,10 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from datasets import Dataset
 from helpers import tiny_qwen3
 from recipes import CHATS, TEXTS, is_even, save_tiny_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -158,10 +160,6 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def names_of_a_page() -> dict[str, Any]:
     """What the python blocks of a page find defined: a reader's own model, data and reward."""
-    from types import SimpleNamespace
-
-    from datasets import Dataset
-
     model = AutoModelForCausalLM.from_pretrained("path/to/model").eval()
     tokenizer = AutoTokenizer.from_pretrained("path/to/model", padding_side="left")
     inputs = tokenizer(TEXTS[:2], return_tensors="pt", padding=True)
