@@ -83,6 +83,6 @@ def test_figures_are_legible_in_both_schemes(figure: Path):
     svg = ElementTree.parse(figure).getroot()
     text = figure.read_text()
     sizes = [int(size) for size in re.findall(r"(\d+)px", text)]
-    assert sizes and min(sizes) * min(1, 360 / float(svg.get("width"))) >= 11.4
+    assert sizes and min(sizes) * min(1, 360 / float(svg.get("width"))) >= 12
     assert "prefers-color-scheme: dark" in text
     assert any(f"(figures/{figure.name})" in page.read_text() for page in DOCS.glob("*.md"))
