@@ -52,7 +52,9 @@ class AdaptConfig:
     deterministic_steps: int = 2
     """Optimizer steps per update where clocks must not decide (`deterministic: true`)."""
     learning_rate: float = 5e-4
+    """Of the drafter's own optimizer."""
     max_grad_norm: float = 1.0
+    """The norm to which the drafter's gradients are clipped."""
     depth: int = 5
     """Of the drafts that it learns from."""
     max_tokens: int = 8192
