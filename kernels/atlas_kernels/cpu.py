@@ -55,17 +55,22 @@ class PackedWeight(Structure):
 
     def __init__(self, weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> None:
         width, size = sum(map(len, weights)), weights[0].shape[1]
-        panels, bias = weights[0].new_zeros(LIBRARY.functions.packed_size(size, width)), None
-        if any(b is not None for b in biases):
-            bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)])
-        column = 0
-        for weight in weights:
-            weight = weight.contiguous()
-            LIBRARY.functions.pack(weight.data_ptr(), *weight.shape, column, panels.data_ptr())
-            column += len(weight)
+        panels = weights[0].new_zeros(LIBRARY.functions.packed_size(size, width))
+        bias = weights[0].new_zeros(width) if any(b is not None for b in biases) else None
         super().__init__(panels.data_ptr(), size, width, None if bias is None else bias.data_ptr())
         self.tensors = (panels, bias)  # the pointers are theirs
         self.address = addressof(self)
+        self.pack(weights, biases)
+
+    def pack(self, weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> None:
+        """Take over new weights of the same shapes, in place."""
+        (panels, packed_bias), column = self.tensors, 0
+        for weight, bias in zip(weights, biases, strict=True):
+            weight = weight.contiguous()
+            LIBRARY.functions.pack(weight.data_ptr(), *weight.shape, column, panels.data_ptr())
+            if bias is not None:
+                packed_bias[column : column + len(weight)] = bias
+            column += len(weight)
 
     def __call__(self, x_ND: torch.Tensor, residual_NO: torch.Tensor | None = None) -> torch.Tensor:
         """See `reference.packed_linear`."""
