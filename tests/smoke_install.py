@@ -1,9 +1,9 @@
 """Build Atlas-RL as it would be released, install it into empty environments, and use it there: `make test-release`.
 
 The wheel is built from the sdist. Both must hold every file of the repository that belongs to them, and no other. One environment
-gets the wheel with its core dependencies alone, used as such, and then the extra `tasks`. Commands run in an empty folder, so that
-nothing of the repository is within reach. Other Pythons (`--also python3.12`) get the wheel without torch, and what works without
-it. The exit code is 1 where something fails.
+gets the wheel with its core dependencies alone, later with the extra `tasks`, and is used both ways. Commands run in an empty
+folder, so that nothing of the repository is within reach. Other Pythons (`--also python3.12`) get the wheel without torch, for
+what works without it. The exit code is 1 where something fails.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def use_tasks(environment: Environment) -> None:
 
 def use_another_python(environment: Environment, wheel: Path) -> None:
     """What needs no torch: every module compiles, commands explain themselves, configs are read."""
-    environment.install(wheel, "--no-deps")
     environment.install("pyyaml", "dacite")
+    environment.install(wheel, "--no-deps")
     run = environment.run
     (site,) = environment.python.parents[1].glob("lib/python*/site-packages")
     run("python", "-W", "error", "-m", "compileall", "-q", "-f", str(site / "atlas_rl"), str(site / "atlas_kernels"))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomllib
 import yaml
 
 import atlas_rl
@@ -57,6 +58,17 @@ def test_the_version_is_semantic_and_the_same_everywhere():
     assert newest is not None and newest[1] == atlas_rl.__version__
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert cited["version"] == atlas_rl.__version__
+
+
+def test_package_data_covers_every_file():
+    """What is no module and matches no pattern would be missing from the wheel; results of benches stay out of it."""
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    for package in (ROOT / "atlas_rl", ROOT / "kernels" / "atlas_kernels"):
+        files = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+        packaged = {path for pattern in patterns.get(package.name, []) for path in package.glob(pattern)}
+        packaged |= {path for pattern in patterns["*"] for path in package.rglob(pattern)}
+        missing = {path for path in files - packaged if path.parent.name != "results"}
+        assert not missing, f"add these to package-data in pyproject.toml: {sorted(map(str, missing))}"
 
 
 def test_public_names_are_there():
