@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,9 +19,9 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from atlas_rl.attachment import Attachment
 from atlas_rl.cli.above import printed_above
 from atlas_rl.cli.progress import Display, acceptances, arm_shares, phase_of, retraining
-from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.generator import AtlasRolloutGenerator
 
 MAX_WIDTH = 100
@@ -44,8 +45,8 @@ class RunView:
     start: float = field(default_factory=time.monotonic)
     step_end: float = field(default_factory=time.monotonic)
     activity: str = "starting"
-    engine: Callable[[], RolloutEngine | None] = lambda: None
-    """What makes the rollouts, once it is there."""
+    rollout: Callable[[], str | None] = lambda: None
+    """What there is to say of the rollout that is being made, if one is."""
     logged_step: int = 0
     steps_in_log: int = 1
     logs: dict[str, Any] = field(default_factory=dict)
@@ -64,7 +65,7 @@ class RunView:
         for label, text in self._figures():
             figures.add_row(label, text)
         width = max(20, min(options.max_width - ECHO, MAX_WIDTH))
-        self.spinner.update(text=Text(doing(self.engine()) or self.activity))
+        self.spinner.update(text=Text(self.rollout() or self.activity))
         yield Panel(
             Group(self._progress(), self.spinner, *([Text(), figures] if figures.row_count else [])),
             title=Text(self.title, style="bold"),
@@ -76,7 +77,7 @@ class RunView:
     def _progress(self) -> Table:
         done, now = self.step - self.first_step, time.monotonic()
         text = f"step {self.step} of {self.max_steps} · {clock(now - self.start)}"
-        if done:  # counted down within a step
+        if done and self.step < self.max_steps:  # counted down within a step
             expected = (self.step_end - self.start) / done * (self.max_steps - self.step)
             text += f" · {clock(max(0, expected - (now - self.step_end)))} left"
         row = Table.grid(padding=(0, 2), expand=True)
@@ -103,7 +104,7 @@ class RunView:
             yield "a step", self._split()
         if "rollout/tokens_per_decode_step" in logs:
             yield "per decode step", Text(f"{logs['rollout/tokens_per_decode_step']:.2f} tokens")
-        if len(shares := arm_shares(logs)) > 1:
+        if shares := arm_shares(logs):
             yield (
                 "drafted by",
                 Text(", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share > 0.005)),
@@ -168,9 +169,13 @@ class LivePanel(Display):
             step=step,
             logged_step=step,
             max_steps=state.max_steps,
-            engine=lambda: self.atlas.attachment and self.atlas.attachment.engine,
+            rollout=lambda: rollout_so_far(self.atlas.attachment),
         )
-        console = Console(file=sys.stdout)
+        # a file of its own: what wandb copies from sys.stdout into the run's log would be every frame
+        terminal = self.stack.enter_context(
+            os.fdopen(sys.stdout.fileno(), "w", encoding=sys.stdout.encoding, closefd=False)
+        )
+        console = Console(file=terminal)
         self.stack.enter_context(printed_above(console))
         self.live = Live(
             self.view,
@@ -189,6 +194,7 @@ class LivePanel(Display):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.view is not None:
             self.view.step, self.view.step_end = state.global_step, time.monotonic()
+            self.view.activity = "between two steps"
 
     def on_prediction_step(self, args, state, control, **kwargs) -> None:
         if self.view is not None:
@@ -213,17 +219,17 @@ class LivePanel(Display):
         self.stack.close()
 
 
-def doing(engine: RolloutEngine | None) -> str | None:
-    """What an engine is at, if it is in a rollout. Only reads, and only what another thread may change meanwhile."""
-    if engine is None:
+def rollout_so_far(attachment: Attachment | None) -> str | None:
+    """Of a rollout that is being made by another thread: only reads, and nothing that it could not change meanwhile."""
+    engine = attachment.engine if attachment is not None else None
+    if engine is None or not engine.stats.num_completions or "total" in engine.stats.seconds:
         return None
     stats, scheduler = engine.stats, engine.scheduler
-    if not stats.num_completions or "total" in stats.seconds:
-        return None
+    what = "rollout" if attachment.in_step else "rollout of the evaluation"
     if scheduler is None:
-        return "before a rollout: weights and drafters"
+        return f"before a {what}: weights and drafters"
     tokens = stats.row_steps + sum(stats.accepted_by_depth)
-    return f"rollout: {tokens:,} tokens, {len(scheduler.running)} of {stats.num_completions} completions running"
+    return f"{what}: {tokens:,} tokens, {len(scheduler.running)} of {stats.num_completions} completions running"
 
 
 def sparkline(values: tuple[float, ...]) -> str:
