@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import os
 import pty
@@ -35,6 +36,7 @@ class Terminal:
         )
         os.close(terminal)
         self.output = ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def read(self, until: str | None = None, timeout: float = 120) -> None:
         """To the end, or until some text has been written."""
@@ -46,7 +48,7 @@ class Terminal:
                 data = b""
             if not data:
                 break
-            self.output += data.decode(errors="replace")
+            self.output += self.decoder.decode(data)
         assert until is None or until in self.output, self.output[-2000:]
 
     def type(self, text: str) -> None:
@@ -61,25 +63,30 @@ class Terminal:
     @property
     def screen(self) -> list[str]:
         """Its lines, from the first that was ever written."""
-        lines, row, column = [""], 0, 0
-        for count, letter, control, text in TOKEN.findall(self.output):
-            if control == "\n":
-                row += 1
-                lines += [""] * (row + 1 - len(lines))
-            elif control == "\r":
-                column = 0
-            elif letter == "A":
-                row -= int(count or 1)
-            elif letter == "K":
-                lines[row] = ""
-            for character in text:
-                if column == self.columns:
-                    row, column = row + 1, 0
-                    lines += [""] * (row + 1 - len(lines))
-                lines[row] = lines[row][:column].ljust(column) + character + lines[row][column + 1 :]
-                column += 1
-        return [line.rstrip() for line in lines]
+        return screen_of(self.output, self.columns)
 
     @property
     def hides_cursor(self) -> bool:
         return self.output.rfind("\x1b[?25l") > self.output.rfind("\x1b[?25h")
+
+
+def screen_of(output: str, columns: int) -> list[str]:
+    """The lines that some output leaves on a screen."""
+    lines, row, column = [""], 0, 0
+    for count, letter, control, text in TOKEN.findall(output):
+        if control == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif control == "\r":
+            column = 0
+        elif letter == "A":
+            row -= int(count or 1)
+        elif letter == "K":
+            lines[row] = ""
+        for character in text:
+            if column == columns:
+                row, column = row + 1, 0
+                lines += [""] * (row + 1 - len(lines))
+            lines[row] = lines[row][:column].ljust(column) + character + lines[row][column + 1 :]
+            column += 1
+    return [line.rstrip() for line in lines]

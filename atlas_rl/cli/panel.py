@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -27,7 +28,7 @@ from atlas_rl.generator import AtlasRolloutGenerator
 MAX_WIDTH = 100
 ECHO = 3
 """Columns that stay free on the right: the terminal's ^C beside the panel would otherwise wrap its last line."""
-REFRESHES_PER_S = 2
+SECONDS_PER_FRAME = 0.5
 """Calm, and cheap: rendering takes the interpreter's lock from decoding."""
 NUM_REWARDS = 24
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -88,7 +89,7 @@ class RunView:
 
     def _figures(self) -> Iterator[tuple[str, Text]]:
         logs = self.logs
-        if logs.get("reward") is not None:
+        if is_number(logs.get("reward")):
             yield "reward", Text.assemble((f"{logs['reward']:.3f}", "bold"), "  ", (sparkline(self.rewards), "cyan"))
         if logs.get("completions/mean_length") is not None:
             text = f"{logs['completions/mean_length']:.0f} tokens on average"
@@ -105,10 +106,7 @@ class RunView:
         if "rollout/tokens_per_decode_step" in logs:
             yield "per decode step", Text(f"{logs['rollout/tokens_per_decode_step']:.2f} tokens")
         if shares := arm_shares(logs):
-            yield (
-                "drafted by",
-                Text(", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share > 0.005)),
-            )
+            yield "drafted by", Text(", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
         if accepted := acceptances(logs):
             yield "drafts accepted", Text(", ".join(f"{name} {share:.0%}" for name, share in accepted.items()))
         if self.retrained is not None:
@@ -175,17 +173,15 @@ class LivePanel(Display):
         terminal = self.stack.enter_context(
             os.fdopen(sys.stdout.fileno(), "w", encoding=sys.stdout.encoding, closefd=False)
         )
-        console = Console(file=terminal)
-        self.stack.enter_context(printed_above(console))
         self.live = Live(
             self.view,
-            console=console,
-            refresh_per_second=REFRESHES_PER_S,
+            console=Console(file=terminal),
+            auto_refresh=False,
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        self.stack.enter_context(self.live)
+        self.stack.enter_context(printed_above(self.live, SECONDS_PER_FRAME))
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         if self.view is not None:
@@ -205,12 +201,12 @@ class LivePanel(Display):
         if view is None or "train_runtime" in logs:  # the summary of the whole run
             return
         if phase == "eval":
-            if figures.get("reward") is not None:
+            if is_number(figures.get("reward")):
                 view.evaluated = (state.global_step, figures)
             return
         if "rollout/retrain_updates" in logs:
             view.retrained = (state.global_step, logs)
-        rewards = (entry["reward"] for entry in reversed(state.log_history) if entry.get("reward") is not None)
+        rewards = (entry["reward"] for entry in reversed(state.log_history) if is_number(entry.get("reward")))
         view.rewards = tuple(islice(rewards, NUM_REWARDS))[::-1]
         view.steps_in_log = max(1, state.global_step - view.logged_step)
         view.logged_step, view.logs = state.global_step, logs
@@ -222,14 +218,21 @@ class LivePanel(Display):
 def rollout_so_far(attachment: Attachment | None) -> str | None:
     """Of a rollout that is being made by another thread: only reads, and nothing that it could not change meanwhile."""
     engine = attachment.engine if attachment is not None else None
-    if engine is None or not engine.stats.num_completions or "total" in engine.stats.seconds:
+    if engine is None:
         return None
     stats, scheduler = engine.stats, engine.scheduler
+    if not stats.num_completions or "total" in stats.seconds:  # none yet, or it is over
+        return None
     what = "rollout" if attachment.in_step else "rollout of the evaluation"
     if scheduler is None:
         return f"before a {what}: weights and drafters"
     tokens = stats.row_steps + sum(stats.accepted_by_depth)
     return f"{what}: {tokens:,} tokens, {len(scheduler.running)} of {stats.num_completions} completions running"
+
+
+def is_number(value: Any) -> bool:
+    """A reward is None or NaN where no reward function applied to any sample of a step."""
+    return value is not None and math.isfinite(value)
 
 
 def sparkline(values: tuple[float, ...]) -> str:

@@ -26,9 +26,9 @@ def has_panel(line: str) -> bool:
 def test_a_panel_leaves_the_screen_clean(folder):
     """It has been there, it is gone in the end; what was printed meanwhile stands above the table, once."""
     terminal = Terminal(command("--reward_funcs", "talking.slow", "--log_completions", "true"), folder, environment())
-    terminal.read(until="step 2 of 3")
+    terminal.read(until="drafted by")
     panel = "\n".join(terminal.screen)
-    assert all(label in panel for label in ("reward", "rollouts", "a step", "drafted by"))
+    assert all(label in panel for label in ("step 1 of 3", "reward", "rollouts", "a step", "per decode step"))
     assert terminal.hides_cursor
     assert terminal.end() == 0
     screen = terminal.screen
