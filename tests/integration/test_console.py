@@ -20,7 +20,7 @@ def folder(tiny_policy: Path, tmp_path: Path) -> Path:
 
 
 def has_panel(line: str) -> bool:
-    return line.startswith(("╭─ atlas-rl", "│ step", "╰──"))
+    return line.startswith(("╭─ atlas-rl", "│ step"))
 
 
 def test_a_panel_leaves_the_screen_clean(folder):
@@ -34,7 +34,8 @@ def test_a_panel_leaves_the_screen_clean(folder):
     screen = terminal.screen
     for said in [f"{verb} in call {call}." for verb in SAID for call in (1, 2, 3)]:
         assert sum(said in line for line in screen) == 1, said
-    assert sum("─ Step " in line for line in screen) == 3, "log_completions' tables"
+    # log_completions' tables; TRL shows the last one again when it logs the run's summary
+    assert [sum(f"─ Step {step} ─" in line for line in screen) for step in (1, 2, 3)] == [1, 1, 2]
     assert screen.count("Rollouts of this run") == 1
     assert not any(has_panel(line) for line in screen), "\n".join(screen)
     assert not any(line.startswith("step") or "'loss'" in line for line in screen), "the panel said it already"

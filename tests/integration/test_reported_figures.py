@@ -107,14 +107,14 @@ def test_reporters_keep_every_figure(tiny_policy, tmp_path):
         pytest.importorskip(name, reason=f"{name} is not installed: what it keeps cannot be read back")
     fields = {"report_to": ["tensorboard", "wandb", "trackio"], "project": "figures", "save_strategy": "steps"}
     prepare(tmp_path, tiny_policy, max_steps=4, logging_steps=2, eval_strategy="steps", eval_steps=4, **fields)
-    folders = {"WANDB_DIR": str(tmp_path), "TRACKIO_DIR": str(tmp_path / "trackio")}
+    folders = {"WANDB_DIR": str(tmp_path), "TRACKIO_DIR": str(tmp_path / "tracked")}
     env = environment(WANDB_MODE="offline", HF_HUB_OFFLINE="1", **folders)
     done = subprocess.run(command("--save_steps", "4"), cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kept = {
         "tensorboard": reporters.from_tensorboard(tmp_path / "out"),
         "wandb": reporters.from_wandb(tmp_path),
-        "trackio": reporters.from_trackio(tmp_path / "trackio", "figures"),
+        "trackio": reporters.from_trackio(tmp_path / "tracked", "figures"),
     }
     state = json.loads((tmp_path / "out/checkpoint-4/trainer_state.json").read_text())
     told = [(logs["step"], n, value) for logs in state["log_history"] for n, value in logs.items() if "rollout/" in n]
