@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
-from threading import Lock, Thread
+from threading import RLock, Thread
 from typing import Any, TextIO
 
 from rich.ansi import AnsiDecoder
@@ -33,7 +33,7 @@ class LinesAbove:
         self.decoder = AnsiDecoder()
         self.partial = ""
         """Of a line whose end is still to come; where it rewrites itself, its newest state after a carriage return."""
-        self.lock = Lock()
+        self.lock = RLock()  # a signal handler may print as well
         self.process = os.getpid()
 
     def __getattr__(self, name: str) -> Any:

@@ -36,7 +36,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 @dataclass(slots=True, kw_only=True)
 class RunView:
-    """What the panel shows. Written by the trainer's thread, read by rich's: fields are replaced, never changed."""
+    """What the panel shows. Written by the trainer's thread, read by the one that draws: fields are replaced, never changed."""
 
     title: str
     first_step: int = 0

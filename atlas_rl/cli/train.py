@@ -59,9 +59,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     atlas_overrides, overrides = split_atlas(overrides)
     atlas = atlas_config(config.pop("atlas", None), atlas_overrides)
     _export(config.pop("env", None))
-    if (
-        not sys.stderr.isatty()
-    ):  # in a log file progress bars are thousands of lines; tqdm reads this when it is imported
+    if not sys.stderr.isatty():  # progress bars are thousands of lines in a log file; tqdm reads this when imported
         os.environ.setdefault("TQDM_DISABLE", "1")
 
     if not args.launched:  # the process that launched this one has looked at all that already

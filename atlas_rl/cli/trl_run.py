@@ -70,7 +70,8 @@ def report(trainer: Any, log_path: Path) -> None:
     Console().print(summarize_run(log_path, trainer.state.log_history).to_table())
     print(f"Every rollout in figures: {log_path}")
     if log_path.exists():
-        print(f"Report of this run: atlas-rl report {shlex.quote(str(log_path.parent))}")
+        run = log_path.parent if log_path.name == "rollouts.jsonl" else log_path
+        print(f"Report of this run: atlas-rl report {shlex.quote(str(run))}")
 
 
 def build_trainer(arguments: TrlArguments, atlas: AtlasConfig) -> tuple[Any, Display]:
