@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from typing import Any
 
 from atlas_rl.cli import did_you_mean
@@ -59,6 +60,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     atlas_overrides, overrides = split_atlas(overrides)
     atlas = atlas_config(config.pop("atlas", None), atlas_overrides)
     _export(config.pop("env", None))
+    if not sys.stderr.isatty():  # progress bars are thousands of lines in a log file; tqdm reads this when imported
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
     if not args.launched:  # the process that launched this one has looked at all that already
         from atlas_rl.cli.checks import check_drafter, check_inputs
