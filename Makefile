@@ -2,7 +2,8 @@
 # make test    install into .venv (first time only), then run every test but the longer ones on several processes:
 # make test-distributed    ZeRO-1/2/3, FSDP2, LoRA and runs that are killed, one after another
 # make test-versions   the drop-in's tests on the oldest and newest TRL and transformers (four environments, 6 GB)
-# make lint    ruff;   make format   let ruff rewrite;   make clean   forget the installation and the runs
+# make test-release    build wheel and sdist, install them into empty environments, and use what is installed there
+# make lint    ruff and mypy;   make format   let ruff rewrite;   make clean   forget the installation and the runs
 #
 # Needs Python 3.11 with pip, and g++. Another interpreter: make PYTHON=python3.12 train
 # More arguments for the run: make train ARGS="--max_steps 20 --atlas.speculate false"
@@ -14,7 +15,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := tasks,plots,peft,deepspeed,test,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-distributed test-versions lint format clean
+.PHONY: help setup train test test-distributed test-versions test-release lint format clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -34,14 +35,18 @@ test-distributed: setup
 test-versions: setup
 	@$(VENV)/bin/python tests/version_matrix.py $(ARGS)
 
+test-release: setup
+	@$(VENV)/bin/python tests/smoke_install.py $(ARGS)
+
 lint: setup
 	@$(VENV)/bin/ruff check --quiet .
+	@$(VENV)/bin/mypy --no-error-summary
 
 format: setup
 	@$(VENV)/bin/ruff format --quiet . && $(VENV)/bin/ruff check --quiet --fix .
 
 clean:
-	rm -rf $(VENV) .venvs runs build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venvs runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(VENV)/bin/python:
 	@echo "Creating $(VENV) with $$($(PYTHON) --version)"

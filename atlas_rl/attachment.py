@@ -182,7 +182,7 @@ class Attachment:
         is_first, self.is_first_of_step = self.is_first_of_step, False
         if self.in_step and not is_first:
             return Ranks.alone()
-        if self.policy.needs_ranks(step):
+        if Ranks.of_run().size > 1 and self.policy.needs_ranks(step):
             return Ranks.of_run()
         return self.policy.ranks if self.in_step else Ranks.alone()
 

@@ -25,7 +25,7 @@ def is_complete(checkpoint: str | Path) -> bool:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest whole `checkpoint-N` of a run, for `trainer.train(resume_from_checkpoint=…)`; None where there is none.
+    """The newest whole `checkpoint-N` of a run's `output_dir`, for `trainer.train(resume_from_checkpoint=…)`; None without one.
 
     One warning names newer ones that it passes over, which a run left behind that ended while it was writing them.
     """
@@ -46,8 +46,8 @@ def newest_first(output_dir: str | Path) -> list[Path]:
     """Every `checkpoint-N`, whole or not."""
     folder = Path(output_dir)
     found = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-    steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in found}
-    return sorted((p for p in found if steps[p]), key=lambda p: int(steps[p][1]), reverse=True)
+    steps = {path: int(named[1]) for path in found if (named := re.fullmatch(r"checkpoint-(\d+)", path.name))}
+    return sorted(steps, key=steps.__getitem__, reverse=True)
 
 
 def check_checkpoint(checkpoint: str | Path, deterministic: bool = False) -> None:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+CONFIGS = Path(__file__).parent / "configs"
+"""What comes with Atlas-RL: `configs/` of the repository, to which this is a link there."""
 DRAFTER_NAMES = ("suffix", "recurrent", "static")
 RETRAIN = ("every_update", "on_drift", "never")
 
@@ -52,7 +54,9 @@ class AdaptConfig:
     deterministic_steps: int = 2
     """Optimizer steps per update where clocks must not decide (`deterministic: true`)."""
     learning_rate: float = 5e-4
+    """Of the drafter's own optimizer."""
     max_grad_norm: float = 1.0
+    """The norm to which the drafter's gradients are clipped."""
     depth: int = 5
     """Of the drafts that it learns from."""
     max_tokens: int = 8192
@@ -100,7 +104,9 @@ class AtlasConfig:
     log_path: str | None = None
     """Where `rollouts.jsonl` goes; None puts it into the trainer's output_dir (nowhere for a bare model)."""
     engine: EngineConfig = field(default_factory=EngineConfig)
+    """Expert settings of the engine."""
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    """Expert settings of retraining."""
 
     def __post_init__(self) -> None:
         if self.retrain not in RETRAIN:
@@ -122,25 +128,51 @@ class AtlasConfig:
         """The drafters to build; empty when speculation is off."""
         if not self.speculate or self.lookahead == 0:
             return ()
-        return DRAFTER_NAMES if self.drafters == "auto" else self.drafters
+        return self.drafters if isinstance(self.drafters, tuple) else DRAFTER_NAMES
 
     @classmethod
     def from_dict(cls, values: dict[str, Any] | None) -> AtlasConfig:
-        """Build from nested plain values; a `ValueError` names an unknown field, or a value of the wrong type."""
+        """Build from nested plain values; None gives the defaults.
+
+        Raises:
+            ValueError: `values` holds an unknown field, or a value of the wrong type or out of range; it is named.
+        """
         return _build(cls, values or {}, prefix="")
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> AtlasConfig:
-        """Read the YAML that `to_yaml` writes."""
+        """Read the YAML that `to_yaml` writes, or one with some of its fields.
+
+        Raises:
+            ValueError: the file at `path` cannot be read, is no YAML, or holds what `from_dict` refuses.
+        """
         return cls.from_dict(read_yaml(path))
 
     def to_yaml(self, path: str | Path) -> None:
+        """Write every field to the file at `path`."""
         import yaml
 
         values = asdict(self)
         if isinstance(self.drafters, tuple):
             values["drafters"] = list(self.drafters)
         Path(path).write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def shipped_configs(folder: str = "") -> dict[str, Path]:
+    """Those that come with Atlas-RL, by the names that `--config` (and `--accelerate_config` those of `accelerate`) takes."""
+    return {path.stem: path for path in sorted((CONFIGS / folder).glob("*.yaml"))}
+
+
+def find_config(name: str) -> Path:
+    """The path of a file, or of a shipped config; a `ValueError` names these where there is neither."""
+    shipped = shipped_configs()
+    if name in shipped and not Path(name).is_file():
+        return shipped[name]
+    if not Path(name).exists():
+        raise ValueError(
+            f"config file {name} does not exist: check the path, or name one that comes with Atlas-RL: {', '.join(shipped)}"
+        )
+    return Path(name)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

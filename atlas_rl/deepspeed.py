@@ -32,7 +32,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "atlas_rl.deepspeed needs deepspeed>=0.19.3, which has deepspeed.runtime.rollout: "
-        f"pip install 'deepspeed>=0.19.3' ({error})"
+        f"pip install 'atlas-rl[deepspeed]' ({error})"
     ) from error
 
 
@@ -105,8 +105,12 @@ class AtlasRollout(RolloutEngine):
     def generate(self, request: RolloutRequest, sampling: SamplingConfig) -> RolloutBatch:
         """`n_samples_per_prompt` completions of each prompt, prompt after prompt; a completion keeps its EOS.
 
-        `continuous_batch_size` is ignored: rows leave the batch as they finish anyway.
-
+        Args:
+            request: `prompt_ids` and `prompt_attention_mask`, both [prompts, longest prompt], padded on the left.
+            sampling: of DeepSpeed. `continuous_batch_size` is ignored: rows leave the batch as they finish anyway.
+        Returns:
+            `input_ids` and `attention_mask`, both [prompts x samples, longest prompt + longest completion], and
+            `response_start_idx` [prompts x samples], where each completion starts.
         Raises:
             ValueError: a prompt is empty, too long or not padded on the left, or Atlas cannot do exactly what is asked for.
             RankFailed: another rank has failed.
@@ -132,7 +136,11 @@ class AtlasRollout(RolloutEngine):
         return self._to_batch(request, rollouts, sampling.n_samples_per_prompt)
 
     def sync_weights(self, step: int) -> None:
-        """Weights have changed: the next `generate` takes them over, on all ranks together. Logs the step that has ended."""
+        """Weights have changed: the next `generate` takes them over, on all ranks together. Logs the step that has ended.
+
+        Args:
+            step: ignored, as DeepSpeed's own count is followed.
+        """
         self.attachment.policy.taken_step = None
         if self.attachment.in_step:
             self.attachment.end_step()
@@ -140,12 +148,13 @@ class AtlasRollout(RolloutEngine):
     def save(self, checkpoint: str | Path) -> None:
         """Write what the drafters have learned into a folder `atlas` of a checkpoint; all ranks call this.
 
-        After `engine.save_checkpoint(folder, tag)`, with `folder/tag`: where `atlas` is, every rank has written its part.
+        After `engine.save_checkpoint(folder, tag)`, with `folder/tag` as `checkpoint`: where `atlas` is, every rank has written
+        its part.
         """
         self.attachment.save(Path(checkpoint))
 
     def resume(self, checkpoint: str | Path) -> None:
-        """Go on from what `save` wrote, after `engine.load_checkpoint`; all ranks call this."""
+        """Go on from what `save` wrote into this `checkpoint`, after `engine.load_checkpoint`; all ranks call this."""
         policy = self.attachment.policy
         policy.free()  # what this process has learned itself is not what the checkpoint's run had
         policy.adaptation, policy.resume_from = None, Path(checkpoint)

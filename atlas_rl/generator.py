@@ -37,6 +37,9 @@ class AtlasRolloutGenerator(TrainerCallback):
     Completions are reproducible: each has a seed made of the base seed (the trainer's, or torch's for a bare model), the phase,
     the step, the number of the call within the step, and the row. The tokens do not depend on the drafter, or on whether there is
     one. Whatever Atlas cannot do exactly (beams, custom processors, …) goes to the original `generate`; the log says why, once.
+
+    Args:
+        config: of Atlas; the default needs no change.
     """
 
     def __init__(self, config: AtlasConfig | None = None) -> None:
@@ -58,15 +61,14 @@ class AtlasRolloutGenerator(TrainerCallback):
         weights that are trained, and costs the trainer one more forward).
 
         Raises:
-            ValueError: the target is neither a trainer nor a transformers model; `logprobs` for one that cannot take them.
+            ValueError: `target` is neither a trainer nor a transformers model; `logprobs` for one that cannot take them.
         """
         if logprobs:
             _check_logprobs(target)
         if not isinstance(target, Trainer):
             self._attach(target, None)
             return self
-        self._attach(target.model, target.args)
-        self.attachment.follow(target.state)
+        self._attach(target.model, target.args).follow(target.state)
         if not any(callback is self for callback in target.callback_handler.callbacks):
             target.add_callback(self)
             self.trainer = target
@@ -92,7 +94,7 @@ class AtlasRolloutGenerator(TrainerCallback):
 
     @property
     def stats(self) -> RolloutStats:
-        """Figures of the last rollout, also of one that was interrupted."""
+        """Figures of the last rollout, also of an interrupted one; `stats.to_dict()` is what a row of `rollouts.jsonl` has."""
         return self.attachment.stats if self.attachment else self.last_stats
 
     def generate(
@@ -102,10 +104,13 @@ class AtlasRolloutGenerator(TrainerCallback):
         num_samples: int = 1,
         seed: int | None = None,
     ) -> list[Rollout]:
-        """`num_samples` completions of each prompt (lists of token ids), prompt-major.
+        """`num_samples` completions of each prompt: `len(prompts) * num_samples` rollouts, prompt after prompt.
 
-        Where `sampling` names no EOS token, the model's own ends a completion.
-
+        Args:
+            prompts: lists of token ids, without padding; none is empty, lengths may differ.
+            sampling: the default samples at temperature 1. Where it names no EOS token, the model's own ends a completion.
+            num_samples: completions per prompt, each with a seed of its own.
+            seed: the same seed gives the same completions. None: torch's seed (or the trainer's) and the number of the call.
         Raises:
             ValueError: no model is attached, or the engine cannot run it; a prompt is empty, too long, or holds a token unknown
                 to the model; KV memory cannot hold one sequence.
@@ -124,8 +129,12 @@ class AtlasRolloutGenerator(TrainerCallback):
         """For `GRPOTrainer(..., rollout_func=atlas.rollout_func, callbacks=[atlas])`: the same completions as without it, and
         their log-probs.
 
-        `prompts` are texts or lists of messages, one for each completion (TRL has repeated them), and become tokens as in TRL.
-
+        Args:
+            prompts: texts or lists of messages, one for each completion (TRL has repeated them); they become tokens as in TRL.
+            trainer: the one that calls; Atlas is attached to it if it is not yet.
+        Returns:
+            `prompt_ids` and `completion_ids` (a list of token ids per completion) and `logprobs` (a float for each token; None
+            for a trainer with tools).
         Raises:
             ValueError: the prompts hold images, or Atlas cannot do exactly what the trainer's options ask for.
         """
@@ -157,16 +166,17 @@ class AtlasRolloutGenerator(TrainerCallback):
             raise ValueError("no model is attached: call attach(model) first")
         return self.attachment
 
-    def _attach(self, model: torch.nn.Module, args: Any | None) -> None:
+    def _attach(self, model: torch.nn.Module, args: Any | None) -> Attachment:
         base = unwrap(model)
         if self.attachment is not None and self.attachment.model is base:
             if self.attachment.hook.is_installed:
                 self.attachment.args = args or self.attachment.args
-                return
+                return self.attachment
             self._close_attachment()  # something has put its own `generate` on top: go on top of that
         else:
             self.detach()
         self.attachment = Attachment(base, model, args, self.config)
+        return self.attachment
 
     def _close_attachment(self) -> None:
         if self.attachment is not None:
@@ -194,25 +204,23 @@ class AtlasRolloutGenerator(TrainerCallback):
     # ---- trainer events --------------------------------------------------------------------------------------------------
 
     def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
-        self._attach(model, args)
-        self.attachment.follow(state)
+        self._attach(model, args).follow(state)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        self._attach(model, args)
-        self.attachment.follow(state)
+        self._attach(model, args).follow(state)
         check_saving(args, self.config.deterministic, state.save_steps)
         if state.is_world_process_zero:
             warn_of_saving(args)
-        self.attachment.begin_run(last_checkpoint(args, state.global_step) if state.global_step else None)
+        self._attached().begin_run(last_checkpoint(args, state.global_step) if state.global_step else None)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        self.attachment.begin_step()
+        self._attached().begin_step()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        self.attachment.is_first_of_step = False  # whatever generates now is not the trainer
+        self._attached().is_first_of_step = False  # whatever generates now is not the trainer
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.attachment.end_step()
+        self._attached().end_step()
         self._before_save(args, state, control)
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
@@ -220,17 +228,17 @@ class AtlasRolloutGenerator(TrainerCallback):
 
     def on_evaluate(self, args, state, control, **kwargs) -> None:
         if args.save_strategy == "best":  # the trainer decides later, and tells nobody
-            self.attachment.before_save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            self._attached().before_save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def _before_save(self, args, state, control) -> None:
         if control.should_save:
-            self.attachment.before_save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            self._attached().before_save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_save(self, args, state, control, **kwargs) -> None:
-        self.attachment.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self._attached().save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.attachment.free()
+        self._attached().free()
 
 
 def _check_logprobs(target: Any) -> None:

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How a completion is sampled. The filters run in transformers' order: penalty, temperature, top-k, top-p, min-p."""
+    """How a completion is sampled. The filters run in transformers' order: penalty, temperature, top-k, top-p, min-p.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
 
     temperature: float = 1.0
     """0 is greedy."""
@@ -29,6 +33,7 @@ class SamplingParams:
     eos_token_ids: tuple[int, ...] = ()
     """Empty: `AtlasRolloutGenerator.generate` takes the model's own."""
     stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a completion besides EOS."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "eos_token_ids", "stop_token_ids"):
@@ -54,6 +59,7 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
+        """Whether the most probable token is taken: temperature 0."""
         return self.temperature == 0
 
     @property
@@ -68,7 +74,11 @@ class SamplingParams:
         return frozenset(self.stop_token_ids if self.ignore_eos else self.eos_token_ids + self.stop_token_ids)
 
     def max_lens(self, num_completions: int) -> tuple[int, ...]:
-        """The length limit of each of `num_completions` completions."""
+        """The length limit of each of `num_completions` completions.
+
+        Raises:
+            ValueError: `max_new_tokens` holds another number of lengths.
+        """
         if isinstance(self.max_new_tokens, int):
             return (self.max_new_tokens,) * num_completions
         if len(self.max_new_tokens) != num_completions:
@@ -94,9 +104,10 @@ class Rollout:
     """One finished completion."""
 
     prompt_ids: list[int]
+    """The prompt, as it was given."""
     token_ids: list[int]
     """The completion, its EOS or stop token included."""
     logprobs: list[float]
-    """log softmax(logits / T) of each token over the full vocabulary (T = 1 for greedy)."""
+    """Of each token of `token_ids`: log softmax(logits / T) over the full vocabulary, before any filter (T = 1 for greedy)."""
     finish_reason: str
     """`stop` (EOS or a stop token) or `length`."""

@@ -38,9 +38,9 @@ def run(args: argparse.Namespace) -> int:
     unknown = [name for name in arm_names if not is_arm(name)]
     if unknown or not arm_names:
         raise ValueError(f"--arms names {', '.join(unknown) or 'nothing'}: known are {', '.join(ARM_NAMES)}")
-    from atlas_rl.config import read_yaml
+    from atlas_rl.config import find_config, read_yaml
 
-    values = read_yaml(args.config)
+    values = read_yaml(find_config(args.config))
     if args.json is not None:
         check_writable(Path(args.json))
     from rich.console import Console

@@ -33,7 +33,7 @@ Fast, exact rollouts for reinforcement learning of language models with TRL.
   atlas-rl COMMAND --help    explains a command, with an example
   atlas-rl --version
 
-Start here:  atlas-rl train --config configs/quickstart.yaml"""
+Start here:  atlas-rl train --config quickstart"""
 
 
 class Parser(argparse.ArgumentParser):

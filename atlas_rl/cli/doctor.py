@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, NamedTuple
 
+from atlas_rl.config import CONFIGS
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -85,6 +87,7 @@ def examine() -> Iterator[Finding]:
         yield _library(name, OPTIONAL, f"not installed ({purpose})")
     compiler = shutil.which("g++") or shutil.which("c++")
     yield Finding("C++ compiler", OK if compiler else OPTIONAL, compiler or "none: DeepSpeed on CPUs builds with one")
+    yield Finding("configs", OK, str(CONFIGS))
     yield _probe("engine", _engine)
 
 

@@ -229,7 +229,10 @@ def _load(
     from atlas_rl.engine.policy_view import PolicyView
 
     if texts is None:
-        from atlas_rl.tasks import build_dataset
+        try:
+            from atlas_rl.tasks import build_dataset
+        except ModuleNotFoundError as error:
+            raise ValueError(f"--prompts is not given, and {error}, or give --prompts FILE") from None
 
         texts = build_dataset(num_prompts, seed=shipped_seed)["prompt"]
     tokenizer = AutoTokenizer.from_pretrained(policy)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from atlas_rl.cli import did_you_mean
-from atlas_rl.config import read_yaml
+from atlas_rl.config import read_yaml, shipped_configs
 
 INTERRUPTED = 130
 
@@ -186,19 +186,23 @@ def accelerate_flags(plan: Launch, fields: dict[str, Any]) -> list[str]:
 
 
 def find_accelerate_config(name: str) -> tuple[str, bool]:
-    """The path of a file, or of one of TRL's presets; and whether it is a preset."""
+    """The path of a file, or of one of TRL's presets or of ours; and whether it is a preset of TRL's."""
     presets = {path.stem: path for path in sorted((Path(_trl_folder()) / "accelerate_configs").glob("*.yaml"))}
     if Path(name).is_file():
         return name, False
     if name in presets:
         return str(presets[name]), True
+    ours = shipped_configs("accelerate")
+    if name in ours:
+        return str(ours[name]), False
+    names = [*presets, *ours]
     if Path(name).suffix or os.sep in name:
         raise ValueError(
-            f"accelerate_config: the file {name} does not exist: check the path, or give one of {', '.join(presets)}"
+            f"accelerate_config: the file {name} does not exist: check the path, or give one of {', '.join(names)}"
         )
     raise ValueError(
-        f"accelerate_config: {name!r} is no file and no known name{did_you_mean(name, presets)} "
-        f"(names: {', '.join(presets)})"
+        f"accelerate_config: {name!r} is no file and no known name{did_you_mean(name, names)} "
+        f"(names: {', '.join(names)})"
     )
 
 

@@ -6,15 +6,15 @@ the policy that ships with Atlas-RL is trained; without dataset_name it trains o
 
 examples:
   the embedded run, a few minutes on a laptop CPU
-    atlas-rl train --config configs/quickstart.yaml
+    atlas-rl train --config quickstart
   the same, shorter, and with plain decoding for comparison
-    atlas-rl train --config configs/quickstart.yaml --max_steps 10 --atlas.speculate false
+    atlas-rl train --config quickstart --max_steps 10 --atlas.speculate false
   your own model, data and reward (a function in my_rewards.py of this folder)
     atlas-rl train --config my.yaml --model_name_or_path ./my-model --dataset_name data.jsonl \\
         --reward_funcs my_rewards.exact_match
   on two GPUs: launcher flags go to `accelerate launch`, as they do in `trl`
     atlas-rl train --config my.yaml --accelerate_config multi_gpu --num_processes 2
-  a policy that needs sharding, by DeepSpeed ZeRO-3 (also: zero1, zero2, fsdp2, or a file such as those of configs/accelerate)
+  a policy that needs sharding, by DeepSpeed ZeRO-3 (also: zero1, zero2, fsdp2, zero3_offload, or a file)
     atlas-rl train --config my.yaml --accelerate_config zero3 --num_processes 8
   on two machines of 8 GPUs: the same on both, with --machine_rank 1 on the second
     atlas-rl train --config my.yaml --accelerate_config zero3 --num_processes 16 --num_machines 2 \\
@@ -27,10 +27,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from typing import Any
 
 from atlas_rl.cli import did_you_mean
-from atlas_rl.config import AtlasConfig, read_yaml
+from atlas_rl.config import AtlasConfig, find_config, read_yaml
 
 TRAINERS = ("grpo",)
 
@@ -38,7 +39,8 @@ TRAINERS = ("grpo",)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "atlas-rl train [grpo] [--config FILE] [--field value …] [--atlas.field value …]"
     parser.add_argument("trainer", help="the TRL trainer: grpo (the default)")
-    parser.add_argument("--config", metavar="FILE", help="YAML with TRL's fields and a section `atlas:`")
+    about = "YAML with TRL's fields and a section `atlas:`; or `quickstart`, which comes with Atlas-RL"
+    parser.add_argument("--config", metavar="FILE", help=about)
     parser.add_argument("--launched", action="store_true", help=argparse.SUPPRESS)  # set for processes of a launcher
 
 
@@ -53,11 +55,13 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
             f"unknown trainer {args.trainer!r}{did_you_mean(args.trainer, TRAINERS)} (known: {TRAINERS[0]})"
         )
     if args.config is None and not overrides:
-        raise ValueError("nothing says what to train: give --config FILE, for a start configs/quickstart.yaml")
-    config = read_yaml(args.config) if args.config else {}
+        raise ValueError("nothing says what to train: give --config FILE, for a start --config quickstart")
+    config = read_yaml(find_config(args.config)) if args.config else {}
     atlas_overrides, overrides = split_atlas(overrides)
     atlas = atlas_config(config.pop("atlas", None), atlas_overrides)
     _export(config.pop("env", None))
+    if not sys.stderr.isatty():  # progress bars are thousands of lines in a log file; tqdm reads this when imported
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
     if not args.launched:  # the process that launched this one has looked at all that already
         from atlas_rl.cli.checks import check_drafter, check_inputs

@@ -7,6 +7,7 @@ policy as defaults. Rewards and data are loaded before the model, so that what i
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from atlas_rl.checkpoints import check_saving, last_complete_checkpoint
 from atlas_rl.cli.checks import DATASET_BUILDERS, resume_choice
-from atlas_rl.cli.progress import CompactProgress
+from atlas_rl.cli.progress import Display, show_progress
 from atlas_rl.cli.trl_arguments import TrlArguments
 from atlas_rl.config import AtlasConfig
 from atlas_rl.ranks import Ranks
@@ -26,10 +27,11 @@ def train(arguments: TrlArguments, atlas: AtlasConfig) -> None:
     training = arguments.training
     check_saving(training, atlas.deterministic)
     training.resume_from_checkpoint = checkpoint_to_resume(training)
-    trainer = build_trainer(arguments, atlas)
+    trainer, display = build_trainer(arguments, atlas)
     log_path = Path(atlas.log_path or Path(training.output_dir) / "rollouts.jsonl")
     try:
-        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+        with display:
+            trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     except KeyboardInterrupt:
         report(trainer, log_path)
         raise
@@ -67,17 +69,20 @@ def report(trainer: Any, log_path: Path) -> None:
 
     Console().print(summarize_run(log_path, trainer.state.log_history).to_table())
     print(f"Every rollout in figures: {log_path}")
+    if log_path.exists():
+        run = log_path.parent if log_path.name == "rollouts.jsonl" else log_path
+        print(f"Report of this run: atlas-rl report {shlex.quote(str(run))}")
 
 
-def build_trainer(arguments: TrlArguments, atlas: AtlasConfig) -> Any:
+def build_trainer(arguments: TrlArguments, atlas: AtlasConfig) -> tuple[Any, Display]:
     rewards = load_rewards(arguments)
     train_dataset, eval_dataset = load_datasets(arguments)
 
-    from transformers import ProgressCallback
     from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
     from atlas_rl.generator import AtlasRolloutGenerator
 
+    generator = AtlasRolloutGenerator(atlas)
     options: dict[str, Any] = {}
     quantization = get_quantization_config(arguments.model)
     if quantization is not None:
@@ -90,15 +95,13 @@ def build_trainer(arguments: TrlArguments, atlas: AtlasConfig) -> Any:
             args=arguments.training,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=[AtlasRolloutGenerator(atlas)],
+            callbacks=[generator],
             peft_config=get_peft_config(arguments.model),
             **options,
         )
     except OSError as error:  # transformers' answer to weights or tokenizer files that are missing
         raise ValueError(f"model_name_or_path: {error}") from error
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(CompactProgress)
-    return trainer
+    return trainer, show_progress(trainer, generator)
 
 
 def model_init_kwargs(arguments: TrlArguments) -> dict[str, Any]:

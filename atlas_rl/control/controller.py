@@ -33,7 +33,7 @@ FIRST_WAIT, LONGEST_WAIT = 64, 1536
 LONGEST_PLAIN_WAIT = 192
 """Plain decoding is the floor: it is never out of sight for long."""
 HOPELESS = 0.85
-"""An arm that promises less than this share of the best one's rate gets no trial, one that shows less waits longest."""
+"""An arm that promises less than this share of the best one's rate gets no trial, one that also shows less waits longest."""
 RATE_DECAY = 0.9
 DEPTHS = (1, 2, 3, 4, 6, 8)
 """Lookaheads of arms that draft within captured steps: each is captured by itself."""
@@ -42,6 +42,8 @@ DEPTHS = (1, 2, 3, 4, 6, 8)
 @dataclass(slots=True)
 class Trial:
     arm: Arm
+    promises_more: bool = False
+    """Than the best arm."""
     rates: list[float] = field(default_factory=list)
     rates_of_best: list[float] = field(default_factory=list)
 
@@ -245,13 +247,15 @@ class Controller:
             return None
         promises = {arm: self.predicted_rate(arm, num_rows, num_cached) for arm in due}
         arm = max(due, key=promises.__getitem__)
-        if arm != PLAIN and promises[arm] < HOPELESS * self.predicted_rate(contest.best, num_rows, num_cached):
+        of_best = self.predicted_rate(contest.best, num_rows, num_cached)
+        if arm != PLAIN and promises[arm] < HOPELESS * of_best:
             contest.waiting[arm].until = contest.step + FIRST_WAIT
             return Trial(PLAIN) if PLAIN in due else None
-        return Trial(arm)
+        return Trial(arm, promises_more=promises[arm] > of_best)
 
     def _judge(self, contest: Contest, trial: Trial) -> None:
-        """Medians: one long step decides nothing."""
+        """Medians: one long step decides nothing. On a busy machine they may err all the same: an arm that by its acceptance and
+        its seconds should have won is tried again soon."""
         ratio = median(trial.rates) / median(trial.rates_of_best)
         if PLAIN in (trial.arm, contest.best):
             ratio *= PLAIN_BONUS if trial.arm == PLAIN else 1 / PLAIN_BONUS
@@ -263,7 +267,8 @@ class Controller:
             return
         waiting = contest.waiting[trial.arm]
         longest = LONGEST_PLAIN_WAIT if trial.arm == PLAIN else LONGEST_WAIT
-        waiting.until = contest.step + (longest if ratio < HOPELESS else waiting.next_wait)
+        is_hopeless = ratio < HOPELESS and not trial.promises_more
+        waiting.until = contest.step + (longest if is_hopeless else waiting.next_wait)
         waiting.next_wait = min(longest, 2 * waiting.next_wait)
 
     def _draft_seconds(self, name: str, depths: np.ndarray, num_rows: int, step_seconds: float) -> np.ndarray:

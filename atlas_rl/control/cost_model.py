@@ -12,7 +12,7 @@ SAMPLES_KEPT = 15
 MIN_SAMPLES = 3
 """One slow step is an accident: a bucket that nobody believes in is never measured again."""
 
-REFIT_EVERY = 8
+REFIT_EVERY = 32
 FEW_TOKENS = 8
 """Up to about so many, a step takes its time for the weights, not for the tokens."""
 MAX_AGE = 256

@@ -67,6 +67,13 @@ def uses_cpu_kernels(batch: ForwardBatch) -> bool:
     return on_cpu and cpu.supports(shape.head_dim) and cpu.unavailable_reason() is None
 
 
+def reads_blocks_in_place(batch: ForwardBatch, heads_size: int) -> bool:
+    """Whether the CPU kernel takes this batch's attention, of so many numbers per token over all query heads."""
+    shape = batch.kv_cache.shape
+    queries_per_head = batch.max_query_len * heads_size // (shape.num_kv_heads * shape.head_dim)
+    return queries_per_head <= MAX_PAGED_QUERY and not batch.takes_kernels and uses_cpu_kernels(batch)
+
+
 def attend(
     batch: ForwardBatch,
     layer: int,
@@ -82,8 +89,7 @@ def attend(
         shared = batch.shared if sliding_window is None else None  # a window moves through what is shared
         places = {"query_starts_R": batch.query_starts_R, "max_query_len": batch.max_query_len, "shared": shared}
         return paged_attention(query_NHD, kv_cache.layers[layer], *rows, scaling, sliding_window, softcap, **places)
-    queries_per_head = batch.max_query_len * query_NHD.shape[1] // kv_cache.shape.num_kv_heads
-    if queries_per_head <= MAX_PAGED_QUERY and query_NHD.dtype == torch.float32 and uses_cpu_kernels(batch):
+    if query_NHD.dtype == torch.float32 and reads_blocks_in_place(batch, query_NHD[0].numel()):
         rows = (batch.block_tables_RM, batch.starts_R, batch.query_lens_R)
         return cpu.paged_attention(query_NHD, kv_cache.layers[layer], *rows, scaling, sliding_window, softcap)
     keys_RHSD, values_RHSD = kv_cache.gather(layer, batch.piece_places, batch.num_rows)

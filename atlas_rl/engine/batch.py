@@ -60,21 +60,38 @@ class ForwardBatch:
         block_tables: Sequence[list[int]],
     ) -> ForwardBatch:
         """Rows of tokens; row r sits at positions starts[r], starts[r] + 1, … and finds its KV in block_tables[r]."""
+        num_rows = len(token_ids)
+        query_lens = np.fromiter(map(len, token_ids), np.int64, num_rows)
+        start_R = np.fromiter(starts, np.int64, num_rows)
+        blocks_RM = np.zeros((num_rows, max(map(len, block_tables))), np.int64)
+        for row, table in enumerate(block_tables):
+            blocks_RM[row, : len(table)] = table
+        flat_ids = np.fromiter(chain.from_iterable(token_ids), np.int64, int(query_lens.sum()))
+        return cls.of_arrays(kv_cache, flat_ids, query_lens, start_R, blocks_RM)
+
+    @classmethod
+    def of_arrays(
+        cls,
+        kv_cache: KVCache,
+        flat_ids: np.ndarray,
+        query_lens: np.ndarray,
+        start_R: np.ndarray,
+        blocks_RM: np.ndarray,
+    ) -> ForwardBatch:
+        """The same from arrays, all int64: tokens [N], query lengths and starts [R], and block tables, padded by block 0 (which
+        is always masked) to as many as the longest row needs, or more."""
         device = kv_cache.memory_L2NHSD.device
-        block_size = kv_cache.shape.block_size
-        query_lens = np.fromiter(map(len, token_ids), np.int64, len(token_ids))
-        start_R = np.fromiter(starts, np.int64, len(token_ids))
+        block_size, num_rows = kv_cache.shape.block_size, len(query_lens)
         max_query_len = int(query_lens.max())
         num_blocks = -(-int((start_R + query_lens).max()) // block_size)
-        blocks_RM = np.zeros((len(token_ids), num_blocks), np.int64)  # block 0 pads: always masked
-        for row, table in enumerate(block_tables):
-            blocks_RM[row, : len(table)] = table[:num_blocks]
+        blocks_RM = np.ascontiguousarray(blocks_RM[:, :num_blocks])
 
-        rows_N = np.repeat(np.arange(len(token_ids)), query_lens)
-        row_starts = np.cumsum(query_lens) - query_lens
-        positions_N = np.arange(len(rows_N)) + np.repeat(start_R - row_starts, query_lens)
+        rows_N, positions_N = np.arange(num_rows), start_R
+        if len(flat_ids) > num_rows:
+            rows_N = np.repeat(rows_N, query_lens)
+            row_starts = np.cumsum(query_lens) - query_lens
+            positions_N = np.arange(len(rows_N)) + np.repeat(start_R - row_starts, query_lens)
         slots_N = blocks_RM[rows_N, positions_N // block_size] * block_size + positions_N % block_size
-        flat_ids = np.fromiter(chain.from_iterable(token_ids), np.int64, len(rows_N))
 
         def to_device(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array).to(device, non_blocking=True)

@@ -92,8 +92,12 @@ class Decoding:
         """
         stopping_ids = self.sampling.stopping_ids
         token_list, logprob_list = tokens.tolist(), logprobs.tolist()
-        finished, num_accepted, place = [], [], 0
         all_finite = np.isfinite(logprobs).all()
+        if all_finite and len(token_list) == len(sequences):  # no drafts: the shorter way
+            for seq, token, logprob in zip(sequences, token_list, logprob_list):
+                seq.append_one(token, logprob, stopping_ids)
+            return [seq for seq in sequences if seq.finish_reason is not None], [0] * len(sequences)
+        finished, num_accepted, place = [], [], 0
         for seq, width, num_right in zip(sequences, num_places.tolist(), accepted.tolist(), strict=True):
             emitted = slice(place, place + num_right + 1)
             place += width
@@ -122,17 +126,16 @@ class Decoding:
         stats.row_steps += num_rows
         if stats.decode_steps > 1:  # the first step of a rollout runs on cold caches, after a training step
             self.step_cost.record(num_tokens, num_cached, seconds)
-        scale = 1.0
-        estimates = self.step_cost.seconds(np.array([num_rows, num_tokens]), num_cached)
-        if num_tokens > num_rows and estimates is not None:
-            scale = min(1.0, estimates[0] / estimates[1])
+        scale, plain_step = 1.0, seconds
+        if num_tokens > num_rows:
+            estimates = self.step_cost.seconds(np.array([num_rows, num_tokens]), num_cached)
+            if estimates is not None:
+                scale, plain_step = min(1.0, estimates[0] / estimates[1]), float(estimates[0])
         self.plain_seconds += seconds * scale * num_emitted / num_rows
         plan, seconds, now = self.speculator.plan, seconds + drafting, time.perf_counter()
         if stats.timeline is not None:
             stats.timeline.record(now - seconds, now, num_rows, plan.arm)
-        if estimates is not None:
-            parts = self.speculator.controller.parts
-            parts.record(plan.asked, num_rows, num_cached, num_emitted, seconds, float(estimates[0]))
+        self.speculator.controller.parts.record(plan.asked, num_rows, num_cached, num_emitted, seconds, plain_step)
         self.speculator.settle(num_rows, seconds)
 
     def _sample(
@@ -146,17 +149,20 @@ class Decoding:
             for i in range(0, len(hidden_ND), num_rows)
         ]
         tokens_N, logprobs_N = drawn[0] if len(drawn) == 1 else (torch.cat(part) for part in zip(*drawn, strict=True))
+        if tokens_N.is_cpu:
+            return tokens_N.numpy(), logprobs_N.numpy()
         # one copy to the host: float64 holds every token id and every log-prob exactly
         tokens, logprobs = torch.stack([tokens_N.double(), logprobs_N.double()]).cpu().numpy()
         return tokens.astype(np.int64), logprobs
 
     def _sampling_batch(self, sequences: list[Sequence], batch: ForwardBatch) -> SamplingBatch:
         """Seeds and completion positions of every place in the batch."""
-        num_rows, lens, device = len(sequences), batch.query_lens, batch.input_ids_N.device
-        seeds = np.repeat(np.fromiter((seq.request.seed for seq in sequences), np.int64, num_rows), lens)
-        # the token after position p is completion token p + 1 - prompt_len
-        shift = np.repeat(np.fromiter((len(seq.prompt_ids) - 1 for seq in sequences), np.int64, num_rows), lens)
+        lens, device = batch.query_lens, batch.input_ids_N.device
+        seeds, prompt_lens = self.runner.rows.seeds, self.runner.rows.prompt_lens
+        if batch.num_tokens > len(seeds):
+            seeds, prompt_lens = np.repeat(seeds, lens), np.repeat(prompt_lens, lens)
         seen_NV = None
         if self.sampling.repetition_penalty != 1:
             seen_NV = seen_tokens(torch.stack([seq.seen_V for seq in sequences]), lens, batch.input_ids_N)
-        return SamplingBatch.of(self.sampling, seeds, batch.positions - shift, device, seen_NV)
+        # the token after position p is completion token p + 1 - prompt_len
+        return SamplingBatch.of(self.sampling, seeds, batch.positions + 1 - prompt_lens, device, seen_NV)

@@ -1,7 +1,8 @@
 """A Llama-like decoder in a handful of calls per layer: calling modules can cost more than a small model computes.
 
-On CPU in float32 the calls are compiled C++ over packed weights; on an accelerator they are kernels over the trainer's own
-weights. The twin's own modules stay the reference: a fused decoder is used only if it computes what they compute.
+On CPU in float32 the calls are compiled C++ over packed weights, and those of a decode step are a single one; on an accelerator
+they are kernels over the trainer's own weights. The twin's own modules stay the reference: a fused decoder is used only if it
+computes what they compute.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from transformers import PreTrainedModel
 
 import atlas_kernels
 from atlas_kernels import cpu, fused_linear
-from atlas_rl.engine.attention import attend
+from atlas_kernels.cpu_decoder import Decoder, LayerWeights
+from atlas_rl.engine.attention import attend, reads_blocks_in_place
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.linears import CastLinear, PackedLinear, is_linear
 from atlas_rl.engine.twin import PROBE_TOLERANCE, probe_batches, run_twin
@@ -59,6 +61,20 @@ class CPULayer(_LayerParts):
 
     def linears(self) -> tuple[PackedLinear, ...]:
         return self.qkv, self.out, self.gate_up, self.down
+
+    def weights(self) -> LayerWeights:
+        return LayerWeights(
+            input_norm=self.input_norm,
+            query_norm=self.query_norm,
+            key_norm=self.key_norm,
+            post_norm=self.post_norm,
+            qkv=self.qkv.packed,
+            out=self.out.packed,
+            gate_up=self.gate_up.packed,
+            down=self.down.packed,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+        )
 
     def __call__(self, x_ND: torch.Tensor, batch: ForwardBatch, index: int, rotations: Rotations) -> torch.Tensor:
         eps = self.eps
@@ -110,6 +126,8 @@ class FusedDecoder:
         self.tapped_layers: frozenset[int] = frozenset()
         device = self.embed_tokens.weight.device
         self.rotations: Rotations = (torch.empty(0, 0, device=device), torch.empty(0, 0, device=device))
+        self.decoder = self._decoder()
+        """All layers in one call, on CPU."""
 
     @classmethod
     @torch.inference_mode()
@@ -150,12 +168,22 @@ class FusedDecoder:
         """Take over weights that may lie elsewhere now; packed ones refresh themselves."""
         for layer in self.layers:
             layer.take_weights()
+        self.decoder = self._decoder()
+
+    def _decoder(self) -> Decoder | None:
+        if self.on_device:
+            return None
+        return Decoder([layer.weights() for layer in self.layers], self.norm.weight, self.eps)
 
     def __call__(self, batch: ForwardBatch) -> torch.Tensor:
         """Last hidden states [N, D], after the final norm."""
         self.grow_rotations(batch.num_kv_slots)
         rotations = self.rotations
         x_ND = torch.nn.functional.embedding(batch.input_ids_N, self.embed_tokens.weight)
+        if self.decoder is not None and reads_blocks_in_place(batch, self.decoder.heads_size):
+            tokens = (batch.positions_N, batch.slots_N, batch.block_tables_RM, batch.starts_R, batch.query_lens_R)
+            x_ND, batch.tapped = self.decoder(x_ND, *tokens, batch.kv_cache.layers, rotations, self.tapped_layers)
+            return x_ND
         for index, layer in enumerate(self.layers):
             x_ND = layer(x_ND, batch, index, rotations)
             if index in self.tapped_layers:

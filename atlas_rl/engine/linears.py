@@ -29,7 +29,7 @@ class PackedLinear(nn.Module):
         self.sources = sources  # a tuple: modules of the twin, not children of this one
         self.in_features = sources[0].in_features
         self.num_weights = sum(source.weight.numel() for source in sources)
-        self.refresh()
+        self.packed = cpu.PackedWeight(*self._of_sources())
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
@@ -37,8 +37,11 @@ class PackedLinear(nn.Module):
         return is_linear(module) and module.weight.dtype == torch.float32 and cpu.unavailable_reason() is None
 
     def refresh(self) -> None:
+        self.packed.pack(*self._of_sources())
+
+    def _of_sources(self) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         biases = [None if source.bias is None else source.bias.detach() for source in self.sources]
-        self.packed = cpu.PackedWeight([source.weight.detach() for source in self.sources], biases)
+        return [source.weight.detach() for source in self.sources], biases
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """[…, in_features] -> […, sum of out_features], plus a residual of the result's shape."""

@@ -106,8 +106,9 @@ class PolicyView:
                 self._replace(FastRMSNorm.fits, FastRMSNorm)
             else:
                 self.twin.set_output_embeddings(PackedLinear(self.twin.get_output_embeddings()))
+        self.head = self.twin.get_output_embeddings()
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         return self.model.get_output_embeddings().weight.shape[0]
 
@@ -196,7 +197,7 @@ class PolicyView:
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """[N, D] -> [N, V], with the scalings that some architectures put on their head."""
         with self._autocast():
-            logits_NV = self.twin.get_output_embeddings()(hidden_ND)
+            logits_NV = self.head(hidden_ND)
         return scale_logits(logits_NV, self.model.config) if self.scales_logits else logits_NV
 
     @cached_property

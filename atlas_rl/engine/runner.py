@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
+import numpy as np
 import torch
 
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.kv_cache import KVCache
 from atlas_rl.engine.policy_view import PolicyView
+from atlas_rl.engine.running_rows import RunningRows
 from atlas_rl.engine.scheduler import PrefillChunk
 from atlas_rl.engine.sequence import Sequence
 
@@ -15,6 +19,8 @@ class ModelRunner:
     def __init__(self, view: PolicyView, kv_cache: KVCache) -> None:
         self.view = view
         self.kv_cache = kv_cache
+        self.rows = RunningRows()
+        """Of the last `verify`."""
 
     def prefill(self, chunks: list[PrefillChunk]) -> ForwardBatch | None:
         """Write the KV of prefix chunks, a row for each that is not empty; None if all are. No logits: the last prompt token is
@@ -30,7 +36,14 @@ class ModelRunner:
 
     def verify(self, sequences: list[Sequence], drafts: list[list[int]]) -> tuple[ForwardBatch, torch.Tensor]:
         """One forward over each row's last token and its draft: the batch, and the hidden states [N, D] after each token."""
-        tokens = [[seq.last_token, *draft] for seq, draft in zip(sequences, drafts, strict=True)]
-        starts = [seq.num_computed for seq in sequences]
-        batch = ForwardBatch.build(self.kv_cache, tokens, starts, [seq.block_table for seq in sequences])
+        num_rows = len(sequences)
+        self.rows.follow(sequences)
+        flat_ids = np.fromiter((seq.last_token for seq in sequences), np.int64, num_rows)
+        query_lens = np.ones(num_rows, np.int64)
+        if any(drafts):
+            tokens = ((token, *draft) for token, draft in zip(flat_ids.tolist(), drafts, strict=True))
+            query_lens += np.fromiter(map(len, drafts), np.int64, num_rows)
+            flat_ids = np.fromiter(chain.from_iterable(tokens), np.int64, int(query_lens.sum()))
+        start_R = np.fromiter((seq.num_computed for seq in sequences), np.int64, num_rows)
+        batch = ForwardBatch.of_arrays(self.kv_cache, flat_ids, query_lens, start_R, self.rows.block_tables)
         return batch, self.view.hidden_states(batch)

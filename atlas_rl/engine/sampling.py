@@ -131,6 +131,8 @@ def count_accepted(tokens: np.ndarray, input_ids: np.ndarray, query_lens: np.nda
     Returns:
         [R] accepted draft tokens; row r emits one more: the token drawn after the last right one.
     """
+    if len(tokens) == len(query_lens):
+        return np.zeros(len(query_lens), np.int64)
     ends = np.cumsum(query_lens)
     # a row's last place has no draft token after it: a mismatch there ends every run of matches within its row
     wrong = np.ones(len(tokens), bool)

@@ -72,6 +72,18 @@ class Sequence:
             self.seen_V[token_ids[:taken]] = True
         return taken
 
+    def append_one(self, token: int, logprob: float, stopping_ids: frozenset[int]) -> None:
+        """Take one emitted token."""
+        self.output_ids.append(token)
+        self.logprobs.append(logprob)
+        self.num_computed += 1
+        if token in stopping_ids:
+            self.finish_reason = "stop"
+        elif len(self.output_ids) == self.request.max_new_tokens:
+            self.finish_reason = "length"
+        if self.seen_V is not None:
+            self.seen_V[token] = True
+
     def to_rollout(self) -> Rollout:
         assert self.finish_reason is not None
         return Rollout(

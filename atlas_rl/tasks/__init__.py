@@ -1,6 +1,6 @@
 """Verifiable tasks and the small policy for the embedded default run.
 
-`atlas-rl train --config configs/quickstart.yaml` trains the shipped policy (`policy_path()`) by GRPO on the prompts of
+`atlas-rl train --config quickstart` trains the shipped policy (`policy_path()`) by GRPO on the prompts of
 `build_dataset()`, rewarded by `reasoning_gym_reward`: reasoning-gym's own verifiers. Importing this package is cheap;
 what needs reasoning_gym or datasets is imported on first use.
 """

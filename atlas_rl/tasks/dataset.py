@@ -12,10 +12,10 @@ RL_SEED_BASE = 1_000
 
 
 def build_dataset(num_prompts: int = 64, seed: int = 0) -> Dataset:
-    """Columns `prompt`, `task`, `answer` and `metadata` (JSON), the same rows for the same seed.
+    """`num_prompts` rows with columns `prompt`, `task`, `answer` and `metadata` (JSON), the same for the same `seed`.
 
-    >>> build_dataset(2, seed=0).column_names
-    ['prompt', 'task', 'answer', 'metadata']
+    Raises:
+        ValueError: `num_prompts` is below 1.
     """
     if num_prompts < 1:
         raise ValueError(f"num_prompts is {num_prompts}; ask for at least one prompt")

@@ -34,7 +34,10 @@ def reasoning_gym_reward(
     metadata: list[str],
     **_: Any,
 ) -> list[float]:
-    """Rewards in [0, 1] for TRL trainers; `task`, `answer` and `metadata` are the columns of `build_dataset`."""
+    """Rewards in [0, 1] of `completions`, for TRL trainers: reasoning-gym's verdict on what follows the last `Answer:`.
+
+    All arguments are as long. `prompts` is not read; `task`, `answer` and `metadata` are the columns of `build_dataset`.
+    """
     assert len(prompts) == len(completions) == len(task)
     rows = zip(task, answer, metadata, completions, strict=True)
     return [score_completion(name, want, json.loads(meta), _text(completion)) for name, want, meta, completion in rows]

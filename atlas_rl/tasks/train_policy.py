@@ -154,7 +154,7 @@ def model_card(record: dict[str, Any]) -> str:
     return f"""# The policy of the embedded default run
 
 A Qwen3 decoder of {record["parameters"]:,} parameters, trained from nothing on worked solutions of five reasoning-gym
-tasks, in three styles of different reliability. It is the start of `atlas-rl train --config configs/quickstart.yaml`.
+tasks, in three styles of different reliability. It is the start of `atlas-rl train --config quickstart`.
 
 Made by `{record["command"]}`
 ({record["training_seconds"]} s on two shared cores), to be made again with

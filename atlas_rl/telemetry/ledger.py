@@ -24,6 +24,8 @@ class Ledger:
         """By phase, the sums since `Trainer.log` last took them."""
         self.step_stats: RolloutStats | None = None
         self.step_start = time.perf_counter()
+        self.unlogged_step_seconds = 0.0
+        """Of whole optimizer steps, since `Trainer.log` last took them."""
 
     def open(self, path: str | None, starts_anew: bool) -> None:
         """Write rows there from now on, if they go nowhere yet; a run that starts anew puts an earlier run's log aside."""
@@ -54,6 +56,7 @@ class Ledger:
         """Write the row of an optimizer step."""
         row = {"kind": "step", "phase": "train", "step": step, "rank": rank}
         row["step_seconds"] = round(time.perf_counter() - self.step_start, 6)
+        self.unlogged_step_seconds += row["step_seconds"]
         # a step may train on an earlier step's rollouts, and have none of its own
         self._write(row | (self.step_stats.to_dict() if self.step_stats else {}))
         self.step_stats = None
@@ -63,15 +66,11 @@ class Ledger:
         stats = self.unlogged.pop(phase, None)
         if stats is None:
             return {}
-        row = stats.to_dict()
-        names = ("tokens_per_s", "tokens_per_decode_step", "speedup_estimate", "rank_idle_s")
-        metrics = {name: row[name] for name in names if name in row}
-        metrics["seconds"] = row["seconds"]["total"]
+        metrics = flat_metrics(stats.to_dict())
         if stats.tokens_of_all_ranks:  # rank 0 logs for the run, which waits for the slowest
             metrics["tokens_per_s"] = stats.tokens_of_all_ranks / stats.slowest_rank_seconds
-        for name, counts in row.get("drafters", {}).items():
-            if "acceptance" in counts:  # of an arm's drafters one may never have been the better one
-                metrics[f"{name}_acceptance"] = counts["acceptance"]
+        if phase == "train" and self.unlogged_step_seconds:
+            metrics["step_seconds"], self.unlogged_step_seconds = self.unlogged_step_seconds, 0.0
         prefix = "rollout/" if phase == "train" else "eval_rollout/"
         return {prefix + name: value for name, value in metrics.items()}
 
@@ -84,3 +83,22 @@ class Ledger:
     def _write(self, row: dict[str, Any]) -> None:
         if self.log is not None:
             self.log.write(row)
+
+
+def flat_metrics(row: dict[str, Any]) -> dict[str, float]:
+    """A row's figures as one level of numbers, which every reporter takes: `seconds.draft` becomes `seconds_draft`.
+
+    What has no meaning for these rollouts (no retraining, no drafts of that drafter) is absent, never None.
+    """
+    names = ("tokens_per_s", "tokens_per_decode_step", "speedup_estimate", "rank_idle_s", "kv_peak_bytes")
+    metrics = {name: row[name] for name in names if name in row}
+    for group in ("seconds", "retrain", "draft_vocabulary"):
+        metrics |= {f"{group}_{name}": value for name, value in row.get(group, {}).items()}
+    metrics["seconds"] = metrics.pop("seconds_total")
+    for name, counts in row.get("drafters", {}).items():
+        if "acceptance" in counts:  # of an arm's drafters one may never have been the better one
+            metrics[f"{name}_acceptance"] = counts["acceptance"]
+    arms = row.get("arms", {})
+    for name, steps in arms.items():  # TensorBoard's tags have no +
+        metrics[f"arm_{name.replace('+', '_and_')}"] = steps / sum(arms.values())
+    return metrics

@@ -132,6 +132,32 @@ def plot_workload(study: dict[str, Any] | str | Path, png: str | Path) -> Path:
     return Path(png)
 
 
+def plot_rewards(study: dict[str, Any] | str | Path, png: str | Path) -> Path:
+    """Of `atlas_rl.bench.whole_run`: each arm's reward along the run, a thin line per seed and their mean.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    Figure = figure_class()
+    if not isinstance(study, dict):
+        study = json.loads(Path(study).read_text())
+    figure = Figure(figsize=(1.6 * WIDTH, HEIGHT), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    colors = (COLORS["plain"], COLORS["every_update"], COLORS["static"])
+    for name, color in zip(study["runs"][0]["arms"], colors):
+        curves = [[step["reward"] for step in run["arms"][name]] for run in study["runs"]]
+        for curve in curves:
+            axes.plot(range(1, len(curve) + 1), curve, lw=0.6, alpha=0.5, color=color)
+        means = [sum(values) / len(values) for values in zip(*curves)]
+        axes.plot(range(1, len(means) + 1), means, lw=1.8, color=color, label=name)
+    axes.set(xlabel="policy update", ylabel="reward", title="Reward by seed, and the mean")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, frameon=False)
+    figure.savefig(png)
+    return Path(png)
+
+
 def _smooth(values: list[float], width: int = 5) -> list[float]:
     """Medians of neighbours: single steps are at the mercy of the machine."""
     half = width // 2

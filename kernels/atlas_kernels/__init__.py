@@ -12,10 +12,11 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 
 from atlas_kernels import cpu, reference
-from atlas_kernels.reference import SharedPrefixes, StepInputs, row_keys
+from atlas_kernels.reference import SharedPrefixes, StepInputs
 from atlas_kernels.self_check import unavailable_reason
 
 __all__ = [
@@ -91,6 +92,13 @@ store_kv = _dispatched("rotary", reference.store_kv)
 rope_and_store = _dispatched("rotary", reference.rope_and_store)
 paged_attention = _dispatched("attention", reference.paged_attention)
 lk_hybrid = _dispatched("distill", reference.lk_hybrid)
+
+
+def row_keys(seeds: np.ndarray, positions: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Two 32-bit keys per row, made by the host; see `reference.row_keys`."""
+    if device.type == "cpu" and cpu.unavailable_reason() is None:
+        return cpu.row_keys(seeds, positions)
+    return reference.row_keys(seeds, positions, device)
 
 
 def gumbel_noise(keys_2N: torch.Tensor, vocab_size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ctypes import Structure, addressof, c_float, c_int64, c_void_p
 
+import numpy as np
 import torch
 
 from atlas_kernels import native
@@ -16,8 +17,10 @@ SIGNATURES = {
     "packed_linear": [POINTER] * 2 + [INT] + [POINTER] * 2,
     "silu_mul": [POINTER] + [INT] * 2 + [POINTER],
     "rope_and_store": [POINTER] * 3 + [FLOAT] + [POINTER] * 6 + [INT] * 5,
+    "decode": [POINTER] * 4 + [INT] + [POINTER] * 2,
     "store_kv": [POINTER] * 2 + [INT] * 2 + [POINTER] * 3 + [INT] * 4,
     "paged_attention": [POINTER] + [INT] * 2 + [POINTER] * 5 + [INT] * 6 + [FLOAT] * 2 + [INT] + [POINTER],
+    "row_keys": [POINTER] * 2 + [INT] + [POINTER],
     "coupled_sample": [POINTER] + [INT] * 2 + [FLOAT] + [POINTER] * 4,
 }
 
@@ -52,17 +55,22 @@ class PackedWeight(Structure):
 
     def __init__(self, weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> None:
         width, size = sum(map(len, weights)), weights[0].shape[1]
-        panels, bias = weights[0].new_zeros(LIBRARY.functions.packed_size(size, width)), None
-        if any(b is not None for b in biases):
-            bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)])
-        column = 0
-        for weight in weights:
-            weight = weight.contiguous()
-            LIBRARY.functions.pack(weight.data_ptr(), *weight.shape, column, panels.data_ptr())
-            column += len(weight)
+        panels = weights[0].new_zeros(LIBRARY.functions.packed_size(size, width))
+        bias = weights[0].new_zeros(width) if any(b is not None for b in biases) else None
         super().__init__(panels.data_ptr(), size, width, None if bias is None else bias.data_ptr())
         self.tensors = (panels, bias)  # the pointers are theirs
         self.address = addressof(self)
+        self.pack(weights, biases)
+
+    def pack(self, weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> None:
+        """Take over new weights of the same shapes, in place."""
+        (panels, packed_bias), column = self.tensors, 0
+        for weight, bias in zip(weights, biases, strict=True):
+            weight = weight.contiguous()
+            LIBRARY.functions.pack(weight.data_ptr(), *weight.shape, column, panels.data_ptr())
+            if bias is not None:
+                packed_bias[column : column + len(weight)] = bias
+            column += len(weight)
 
     def __call__(self, x_ND: torch.Tensor, residual_NO: torch.Tensor | None = None) -> torch.Tensor:
         """See `reference.packed_linear`."""
@@ -173,6 +181,14 @@ def paged_attention(
         out.data_ptr(),
     )
     return out
+
+
+def row_keys(seeds: np.ndarray, positions: np.ndarray) -> torch.Tensor:
+    """See `reference.row_keys`."""
+    keys_2N = torch.empty(2, len(seeds), dtype=torch.int32)
+    seeds, positions = np.ascontiguousarray(seeds), np.ascontiguousarray(positions)
+    LIBRARY.functions.row_keys(seeds.ctypes.data, positions.ctypes.data, len(seeds), keys_2N.data_ptr())
+    return keys_2N
 
 
 def coupled_sample(

@@ -39,12 +39,12 @@ inline int64_t packed_size(int64_t in, int64_t out) { return num_panels(out) * P
 
 // The row-major weight [out, in] as the outputs from `column` on.
 inline void pack(const float* weight, int64_t out, int64_t in, int64_t column, float* panels) {
-    for (int64_t o = 0; o < out;) {
-        const int64_t lane = (column + o) % PANEL, count = std::min(PANEL - lane, out - o);
-        float* panel = panels + (column + o) / PANEL * PANEL * in + lane;
+#pragma omp parallel for if (out * in >= 1 << 16)
+    for (int64_t p = column / PANEL; p <= (column + out - 1) / PANEL; p++) {
+        const int64_t first = std::max<int64_t>(0, p * PANEL - column), last = std::min(out, (p + 1) * PANEL - column);
+        float* panel = panels + p * PANEL * in + (column + first) % PANEL;
         for (int64_t k = 0; k < in; k++)
-            for (int64_t i = 0; i < count; i++) panel[k * PANEL + i] = weight[(o + i) * in + k];
-        o += count;
+            for (int64_t o = first; o < last; o++) panel[k * PANEL + o - first] = weight[o * in + k];
     }
 }
 
@@ -71,7 +71,7 @@ void tile(const Weight& weight, int64_t panel, const float* x, int64_t x_stride,
         if (ROWS > MAX_ROWS / 2)
             for (int v = 0; v < 2; v++) __builtin_prefetch(w + AHEAD + v * REGISTER, 0, 2);
         Vec part[2] = {load(w), load(w + REGISTER)};
-#ifdef __x86_64__
+#ifdef __AVX__
         if (ROWS > 1) asm("" : "+v"(part[0]), "+v"(part[1]));  // GCC would read them again for each of up to four rows
 #endif
 #pragma GCC unroll 16

@@ -110,6 +110,13 @@ def test_rope_and_store(head_dim: int, with_norms: bool):
     torch.testing.assert_close(caches[1], caches[0], rtol=1e-5, atol=1e-5)
 
 
+def test_row_keys():
+    rng = np.random.default_rng(0)
+    seeds, positions = rng.integers(-(2**63), 2**63 - 1, 50), rng.integers(0, 10_000, 50)
+    assert torch.equal(cpu.row_keys(seeds, positions), reference.row_keys(seeds, positions, torch.device("cpu")))
+    assert torch.equal(cpu.row_keys(seeds[::2], positions[::2]), cpu.row_keys(seeds, positions)[:, ::2])
+
+
 @pytest.mark.parametrize(("num_rows", "vocab_size"), [(1, 1), (3, 97), (64, 4096), (5, 50_001), (0, 64)])
 @pytest.mark.parametrize("spread", [0.1, 5.0])
 def test_coupled_sample(num_rows: int, vocab_size: int, spread: float):

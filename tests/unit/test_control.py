@@ -184,6 +184,19 @@ def test_one_long_step_decides_nothing():
     assert controller.contests[3].best == ("suffix",)
 
 
+def test_a_drafter_that_lost_in_a_bad_moment_is_soon_tried_again():
+    """Its acceptance and its seconds say that it should have won: one trial on a busy machine does not shut it out for good."""
+    controller = Controller([("suffix",)], StepCost())
+    for step in range(300):
+        arm = controller.choose(8)
+        controller.step_cost.record(8, 0, 1.0)
+        if arm:
+            controller.record_drafts("suffix", np.full(8, 4), np.full(8, 3))
+        disturbance = 9.0 if arm and step < 50 else 1.0
+        controller.record(arm, 8, disturbance, 3.0 if arm else 1.0)
+    assert controller.contests[3].best == ("suffix",)
+
+
 def test_deterministic_choices_look_at_no_clock():
     controller = Controller([("suffix",)], FixedStepCost(), deterministic=True)
     before = [controller.choose(n) for n in (1, 8, 64)]

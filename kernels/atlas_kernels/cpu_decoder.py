@@ -1,0 +1,145 @@
+"""A Llama-like decoder on CPU in float32, all its layers in one call (`decoder.h`)."""
+
+from __future__ import annotations
+
+from ctypes import Structure, addressof
+from dataclasses import dataclass
+
+import torch
+
+from atlas_kernels.cpu import FLOAT, INT, LIBRARY, POINTER, PackedWeight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerWeights:
+    """Of one layer, the trainer's own but for the packed ones; norms on queries and keys may be absent."""
+
+    input_norm: torch.Tensor
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    post_norm: torch.Tensor
+    qkv: PackedWeight
+    out: PackedWeight
+    gate_up: PackedWeight
+    down: PackedWeight
+    scaling: float
+    sliding_window: int | None
+
+
+class _Layer(Structure):
+    """`atlas::Layer`"""
+
+    _fields_ = [
+        *((name, POINTER) for name in ("input_norm", "query_norm", "key_norm", "post_norm")),
+        *((name, POINTER) for name in ("qkv", "out", "gate_up", "down", "keys", "values", "tapped")),
+        ("scaling", FLOAT),
+        ("window", INT),
+    ]
+
+
+class _Decoder(Structure):
+    """`atlas::Decoder`"""
+
+    _fields_ = [
+        ("layers", POINTER),
+        ("num_layers", INT),
+        ("hidden_size", INT),
+        ("eps", FLOAT),
+        *((name, POINTER) for name in ("final_norm", "cos", "sin")),
+    ]
+
+
+class _Rows(Structure):
+    """`atlas::Rows`"""
+
+    _fields_ = [
+        *((name, POINTER) for name in ("block_tables", "starts", "query_lens")),
+        *((name, INT) for name in ("num_rows", "max_blocks", "num_heads", "num_kv_heads", "head_dim", "block_size")),
+    ]
+
+
+class Decoder:
+    """Layers of one shape and the final norm, over the weights that lie where they lay when it was made."""
+
+    def __init__(self, layers: list[LayerWeights], final_norm: torch.Tensor, eps: float) -> None:
+        self.weights = (layers, final_norm)  # the pointers are theirs
+        self.layers = (_Layer * len(layers))(*map(_layer, layers))
+        self.model = _Decoder(
+            addressof(self.layers), len(layers), len(final_norm), eps, final_norm.data_ptr(), None, None
+        )
+        first = layers[0]
+        products = (first.qkv, first.out, first.gate_up, first.down)
+        assert all(
+            (a.in_features, a.out_features) == (b.in_features, b.out_features)
+            for layer in layers
+            for a, b in zip(products, (layer.qkv, layer.out, layer.gate_up, layer.down))
+        )
+        self.workspace_size = sum(p.in_features for p in products) + first.qkv.out_features + first.gate_up.out_features
+        self.heads_size = first.out.in_features
+        self.cache: list[torch.Tensor] | None = None
+
+    def __call__(
+        self,
+        x_ND: torch.Tensor,
+        positions_N: torch.Tensor,
+        slots_N: torch.Tensor,
+        block_tables_RM: torch.Tensor,
+        starts_R: torch.Tensor,
+        query_lens_R: torch.Tensor,
+        cache: list[torch.Tensor],
+        rotations: tuple[torch.Tensor, torch.Tensor],
+        tapped_layers: frozenset[int] = frozenset(),
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Last hidden states [N, D] after the final norm, written over the embeddings x_ND, and the tapped layers' outputs.
+
+        Args:
+            cache: of each layer, [2 (keys, values), blocks, H, S, D]; the tokens' own keys and values are stored there.
+            rotations: cosines and sines [positions, head_dim / 2].
+        """
+        if self.cache is not cache:
+            self._bind(cache)
+        tapped = {index: torch.empty_like(x_ND) for index in tapped_layers}
+        for index, layer in enumerate(self.layers):
+            layer.tapped = tapped[index].data_ptr() if index in tapped else None
+        self.model.cos, self.model.sin = rotations[0].data_ptr(), rotations[1].data_ptr()
+        _, _, num_kv_heads, block_size, head_dim = cache[0].shape
+        rows = _Rows(
+            block_tables_RM.data_ptr(),
+            starts_R.data_ptr(),
+            query_lens_R.data_ptr(),
+            *block_tables_RM.shape,
+            self.heads_size // head_dim,
+            num_kv_heads,
+            head_dim,
+            block_size,
+        )
+        workspace = x_ND.new_empty(len(x_ND) * self.workspace_size)
+        LIBRARY.functions.decode(
+            addressof(self.model),
+            addressof(rows),
+            positions_N.data_ptr(),
+            slots_N.data_ptr(),
+            len(x_ND),
+            workspace.data_ptr(),
+            x_ND.data_ptr(),
+        )
+        return x_ND, tapped
+
+    def _bind(self, cache: list[torch.Tensor]) -> None:
+        for layer, memory in zip(self.layers, cache, strict=True):
+            layer.keys, layer.values = memory[0].data_ptr(), memory[1].data_ptr()
+        self.cache = cache
+
+
+def _layer(weights: LayerWeights) -> _Layer:
+    norms = (weights.input_norm, weights.query_norm, weights.key_norm, weights.post_norm)
+    products = (weights.qkv, weights.out, weights.gate_up, weights.down)
+    return _Layer(
+        *(None if norm is None else norm.data_ptr() for norm in norms),
+        *(product.address for product in products),
+        None,
+        None,
+        None,
+        weights.scaling,
+        weights.sliding_window or 0,
+    )
