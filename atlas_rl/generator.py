@@ -157,7 +157,8 @@ class AtlasRolloutGenerator(TrainerCallback):
         return self.attachment.pop_metrics(phase) if self.attachment else {}
 
     def record_metrics(self, phase: str, metrics: dict[str, Any]) -> None:
-        """Write what the trainer has logged into `rollouts.jsonl` too, so that a report needs nothing but that."""
+        """Write the finite numbers of what the trainer logs in a phase (`metrics`) into `rollouts.jsonl`, so that a report needs
+        nothing but that; `Trainer.log` calls this."""
         if self.attachment:
             self.attachment.record_metrics(phase, metrics)
 
