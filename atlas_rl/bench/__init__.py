@@ -5,7 +5,10 @@ import re
 ARM_NAMES = (
     "hf_generate",
     "hf_continuous_batching",
+    "hf_prompt_lookup",
     "vllm",
+    "vllm_ngram",
+    "vllm_suffix",
     "atlas_plain",
     "atlas_static",
     "atlas_adaptive",
@@ -18,3 +21,8 @@ FIXED_ARM = re.compile(r"(suffix|recurrent|static)@([1-9][0-9]?)")
 
 def is_arm(name: str) -> bool:
     return name in ARM_NAMES or FIXED_ARM.fullmatch(name) is not None
+
+
+def is_engine(name: str) -> bool:
+    """Whether an arm is ours; the others are peers."""
+    return name.startswith("atlas") or FIXED_ARM.fullmatch(name) is not None
