@@ -17,6 +17,8 @@ ARM_NAMES = (
 )
 FIXED_ARM = re.compile(r"(suffix|recurrent|static)@([1-9][0-9]?)")
 """Arms with one drafter and one lookahead at every step, as in static@4: what the controller is measured against."""
+FAILED = "failed in "
+"""How the reason begins for which an arm is left out that broke down while it was measured."""
 
 
 def is_arm(name: str) -> bool:

@@ -60,8 +60,8 @@ class Arm:
         raise AssertionError("subclasses run")
 
     def figures(self) -> dict[str, Any]:
-        """Of the last run, beyond its time: `tokens_per_decode_step`, per sequence, `peak_bytes` of keys and values, and `parts` of
-        its seconds, as far as they are known."""
+        """Of the last run, beyond its time, as far as they are known: `tokens_per_decode_step` (per sequence), `peak_bytes` (of keys
+        and values), `parts` (of its seconds)."""
         return {}
 
     def bytes_per_token(self) -> int:
@@ -131,8 +131,8 @@ class HFPromptLookup(HFGenerate):
     """As its documentation of assisted decoding advises."""
 
     def cannot(self, workload: Workload) -> str | None:
-        if len(workload.batch(0).lens) > 1:
-            return "transformers' prompt lookup takes one sequence at a time"
+        alone = len(workload.batch(0).lens) == 1
+        return None if alone else "transformers' prompt lookup takes one sequence at a time"
 
     def run(self, batch: Batch) -> list[int]:
         self.num_forwards = 0
@@ -205,6 +205,8 @@ class HFContinuousBatching(Arm):
 
 
 class Forward(NamedTuple):
+    """What a forward of the policy has to multiply and to read."""
+
     num_tokens: int
     num_in_cache: int
     """Tokens of all its rows whose keys and values it reads."""
@@ -228,7 +230,9 @@ class AtlasArm(Arm):
         ):
             self.skipped = "the policy has no static drafter"
         self.forwards: list[Forward] = []
-        """Of the last run, counted once `count_forwards` has been called."""
+        """Of the last run, where the products are packed."""
+        if self.view.packed_linears():
+            self._count_forwards()
 
     def start(self, workload: Workload, repeat: int) -> None:
         if workload.starts_over(repeat):
@@ -255,8 +259,7 @@ class AtlasArm(Arm):
         figures = {"tokens_per_decode_step": row["tokens_per_decode_step"], "peak_bytes": row["kv_peak_bytes"]}
         return figures | {"parts": parts}
 
-    def count_forwards(self) -> None:
-        """Keep what every forward of the policy has to read and to multiply."""
+    def _count_forwards(self) -> None:
         forward = self.view.hidden_states
 
         def counted(batch: ForwardBatch) -> torch.Tensor:

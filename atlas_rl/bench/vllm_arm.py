@@ -30,9 +30,9 @@ KV_GIB = 2
 class VLLM(Arm):
     """The worker loads the policy once and is stopped between its turns, so that the other arms have the machine to themselves.
 
-    It shares prompts of a group by its prefix cache, which every run begins without. Where the policy stays as it is, vLLM is spared
-    what the engine's arms pay for at every run: no weights are handed over and nothing is packed anew. Where the policy moves, it
-    takes each step's weights over within its process, as in TRL's colocated mode, and that counts (`vllm_worker`).
+    The samples of a prompt share it in vLLM's prefix cache, which every run begins without. Where the policy stays as it is, vLLM
+    is spared what the engine's arms pay for at every run: no weights are handed over and nothing is packed anew. Where it moves,
+    vLLM takes each step's weights over within its process, as in TRL's colocated mode, and that counts (`vllm_worker`).
     """
 
     speculation: ClassVar[dict[str, Any] | None] = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,14 @@ class BenchConfig:
                         f"(arms: {', '.join(ARM_NAMES)})"
                     )
         return config
+
+    def only(self, names: list[str]) -> BenchConfig:
+        """With these workloads alone."""
+        known = [workload.name for workload in self.workloads]
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(f"--workloads names {', '.join(unknown)}: this config has {', '.join(known)}")
+        return replace(self, workloads=[workload for workload in self.workloads if workload.name in names])
 
 
 def _check_training(workload: WorkloadConfig, model: str | dict[str, Any]) -> None:
