@@ -60,8 +60,8 @@ class Arm:
         raise AssertionError("subclasses run")
 
     def figures(self) -> dict[str, Any]:
-        """Of the last run, beyond its time, as far as they are known: `tokens_per_decode_step` (per sequence), `peak_bytes` (of keys
-        and values), `parts` (of its seconds)."""
+        """Of the last run, beyond its time, as far as they are known: `tokens_per_decode_step` (per sequence), `peak_bytes` (of
+        keys and values), `parts` (of its seconds)."""
         return {}
 
     def bytes_per_token(self) -> int:

@@ -157,12 +157,12 @@ def overview(results: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
     measured = list(dict.fromkeys(name for name, row in all_arms(results) if row["seconds"]))
-    columns = [(name, measured[0]) for name in measured[1:]]
-    columns += [("atlas", other) for other in ("atlas_plain", "vllm") if {"atlas", other} <= set(measured)]
-    grid = Table(title=f"speed over {measured[0]}", title_justify="left") if measured else Table()
-    grid.add_column("workload")
+    first = next(iter(measured), "")
+    columns = [(name, first) for name in measured[1:]]
+    columns += [("atlas", other) for other in ("atlas_plain", "vllm") if {"atlas", other} <= set(measured[1:])]
+    grid = Table("workload", title=f"speed over {first}", title_justify="left")
     for a, b in columns:
-        grid.add_column(a if b == measured[0] else f"{a}/{b}", justify="right")
+        grid.add_column(a if b == first else f"{a}/{b}", justify="right")
     for result in results:
         ratios = (result["ratios"].get(f"{a}/{b}") for a, b in columns)
         grid.add_row(result["workload"]["name"], *(f"{ratio['median']:.2f}" if ratio else "–" for ratio in ratios))

@@ -93,8 +93,8 @@ class Worker:
         }
 
     def _take_weights(self) -> None:
-        """TRL's colocated mode calls the model's own `load_weights`, which fails on CPU, as the products' weights are packed. This
-        is vLLM's call for it. It leaves a head that is tied to the embedding as it was (0.32): that is packed again here."""
+        """TRL's colocated mode calls the model's own `load_weights`, which fails on CPU, where the products' weights are packed.
+        This is vLLM's call for it. It leaves a head that is tied to the embedding as it was (0.32): that is packed again here."""
         if self.weights is None:
             return
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.weights})
