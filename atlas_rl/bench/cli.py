@@ -60,13 +60,16 @@ def run(args: argparse.Namespace) -> int:
     if args.max_seconds is not None:
         config = replace(config, max_seconds=args.max_seconds)
     console = Console()
-    with progress(console, config.max_seconds) as report:
-        results = run_bench(config, arm_names, report, lambda done: write(done, args.json))
-    for result in results:
-        console.print(table(result))
-        for line in remarks(result):
+
+    def keep(results: list[dict[str, Any]]) -> None:
+        write(results, args.json)
+        console.print(table(results[-1]))
+        for line in remarks(results[-1]):
             console.print(line, highlight=False, markup=False)
         console.print()
+
+    with progress(console, config.max_seconds) as report:
+        results = run_bench(config, arm_names, report, keep)
     if len(results) > 1:
         console.print(overview(results))
     if args.json is not None:
@@ -153,19 +156,21 @@ def title(workload: dict[str, Any]) -> str:
 
 
 def overview(results: list[dict[str, Any]]) -> Any:
-    """Every workload in one row: speeds over the first arm, and the two ratios that are looked at first."""
+    """All workloads side by side: speeds over the first arm, and the two ratios that are looked at first."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    measured = list(dict.fromkeys(name for name, row in all_arms(results) if row["seconds"]))
-    first = next(iter(measured), "")
-    columns = [(name, first) for name in measured[1:]]
-    columns += [("atlas", other) for other in ("atlas_plain", "vllm") if {"atlas", other} <= set(measured[1:])]
-    grid = Table("workload", title=f"speed over {first}", title_justify="left")
-    for a, b in columns:
-        grid.add_column(a if b == first else f"{a}/{b}", justify="right")
+    measured = {name for name, row in all_arms(results) if row["seconds"]}
+    first, *others = [name for name in dict(all_arms(results)) if name in measured] or [""]
+    pairs = [(name, first) for name in others]
+    pairs += [("atlas", other) for other in ("atlas_plain", "vllm") if {"atlas", other} <= set(others)]
+    grid = Table(f"speed over {first}", box=SIMPLE_HEAD)
     for result in results:
-        ratios = (result["ratios"].get(f"{a}/{b}") for a, b in columns)
-        grid.add_row(result["workload"]["name"], *(f"{ratio['median']:.2f}" if ratio else "–" for ratio in ratios))
+        grid.add_column(result["workload"]["name"], justify="right")
+    for a, b in pairs:
+        ratios = (result["ratios"].get(f"{a}/{b}") for result in results)
+        name = a if b == first else f"{a}/{b}"
+        grid.add_row(name, *(f"{ratio['median']:.2f}" if ratio else "–" for ratio in ratios))
     return grid
 
 

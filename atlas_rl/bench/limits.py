@@ -3,8 +3,8 @@
 Of a plain decode step, where all rows end together:
 linears       the products of one forward, as the engine computes them, by themselves
 memory        reading as many bytes as the step has to (weights once, keys and values once), from memory of that size
-arithmetic    the products' multiply-adds at the rate of one large product, oneDNN's or the engine's own, whichever is faster
-              (`torch.matmul` reaches less than half of it on AMD processors)
+arithmetic    the products' multiply-adds at the highest rate that is seen: of one large product, oneDNN's (`torch.matmul` reaches
+              less than half of it on AMD processors) or the engine's own, or of the step's linears
 
 And of a whole rollout of an arm, drafts and draining batch included: the sum over its forwards of memory or arithmetic, whichever
 takes longer. Attention's own arithmetic, drafting and sampling are left out, so that it is a bound from below.
@@ -62,10 +62,11 @@ class Limits:
     @torch.inference_mode()
     def measure(self) -> None:
         self.seconds["decode_step"].append(self.arm.decode_step_seconds)
-        self.seconds["linears"].append(_median_seconds(self._run_linears))
+        linears = _median_seconds(self._run_linears)
+        self.seconds["linears"].append(linears)
         self.seconds["memory"].append(_median_seconds(self.buffer.sum))
         large = min(_median_seconds(self._run_onednn), _median_seconds(lambda: self.large_packed(self.large)))
-        self.seconds["arithmetic"].append(large * self.multiplications / LARGE**3)
+        self.seconds["arithmetic"].append(min(linears, large * self.multiplications / LARGE**3))
 
     def note(self, name: str, arm: AtlasArm) -> None:
         """What an arm's last run has cost, and what it has computed."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,10 @@ def recording(config: WorkloadConfig, policy_folder: str, report: Callable[[str]
     path = FOLDER.expanduser() / f"{_key(options, policy_folder)}.pt"
     if path.exists():
         return torch.load(path, weights_only=False)
-    run = record_run(
-        policy_folder,
-        build_dataset(seed=options.get("seed", 0)),
-        reasoning_gym_reward,
-        progress=_Reporting(report),
-        **options,
-    )
+    dataset = build_dataset(seed=options.get("seed", 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TRL's and transformers', about options of theirs
+        run = record_run(policy_folder, dataset, reasoning_gym_reward, progress=_Reporting(report), **options)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
     torch.save(run, unfinished)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import time
@@ -30,7 +31,7 @@ from atlas_rl.bench.arms import (
 from atlas_rl.bench.judging import MAX_HALF_WIDTH, PEER_HALF_WIDTH, STEP, judge, summarize
 from atlas_rl.bench.limits import Limits
 from atlas_rl.bench.vllm_arm import VLLM, VLLMNgram, VLLMSuffix
-from atlas_rl.bench.workload import BenchConfig, Workload, build_workload, load_policy
+from atlas_rl.bench.workload import BenchConfig, Workload, WorkloadConfig, build_workload, load_policy
 
 ARMS: dict[str, type[Arm]] = {
     "hf_generate": HFGenerate,
@@ -45,6 +46,8 @@ ARMS: dict[str, type[Arm]] = {
     "atlas_suffix": AtlasSuffix,
     "atlas": AtlasArm,
 }
+logger = logging.getLogger(__name__)
+
 PACKAGES = ("atlas-rl", "torch", "transformers", "trl", "numpy")
 BOUNDED = ("atlas_plain", "atlas")
 """Arms whose time is held against the machine's limits."""
@@ -77,6 +80,8 @@ def run_bench(
     results = []
     try:
         for name in arm_names:
+            if not any(takes(workload_config, name) for workload_config in config.workloads):
+                continue
             report(f"starting {name}")
             fixed = FIXED_ARM.fullmatch(name)
             arms[name] = (fixed_arm(fixed[1], int(fixed[2])) if fixed else ARMS[name])(policy)
@@ -99,12 +104,18 @@ def run_bench(
     return results
 
 
+def takes(workload: WorkloadConfig, arm_name: str) -> bool:
+    """Whether an arm takes part in it."""
+    return workload.arms is None or arm_name in workload.arms
+
+
 def size(workload: Workload) -> float:
     """About proportional to the time that a workload wants: a decode step costs its tokens, and some more whatever its batch. A
     run in which the policy moves is made whole."""
     batch = workload.batch(1)
     rounds = len(workload.batches) / TYPICAL_ROUNDS if workload.moves else 1
-    return rounds * (batch.num_tokens + STEP_TOKENS * max(batch.lens))
+    num_read = sum(map(len, batch.prompts))
+    return rounds * (num_read + batch.num_tokens + STEP_TOKENS * max(batch.lens))
 
 
 class Measurement:
@@ -112,8 +123,7 @@ class Measurement:
 
     def __init__(self, workload: Workload, arms: dict[str, Arm], config: BenchConfig) -> None:
         self.workload = workload
-        chosen = workload.config.arms
-        self.arms = {name: arm for name, arm in arms.items() if chosen is None or name in chosen}
+        self.arms = {name: arm for name, arm in arms.items() if takes(workload.config, name)}
         self.config = config
         self.skipped = {name: arm.skipped or arm.cannot(workload) for name, arm in self.arms.items()}
         self.seconds: dict[str, list[float]] = {name: [] for name in self.arms}
@@ -173,9 +183,11 @@ class Measurement:
             self._run_arm(name, repeat)
         except Exception as error:
             arm = self.arms[name]
-            where = f"{f'repeat {repeat}' if repeat else 'the warm-up'} of {self.workload.config.name}"
-            arm.skipped = self.skipped[name] = f"{FAILED}{where}: {type(error).__name__}: {error}"
+            reason = f"{FAILED}{f'repeat {repeat}' if repeat else 'the warm-up'} of {self.workload.config.name}"
+            arm.skipped = self.skipped[name] = f"{reason}: {type(error).__name__}: {error}"
             arm.close()
+            if is_engine(name):
+                logger.exception("%s %s", name, reason)
 
     def _run_arm(self, name: str, repeat: int) -> None:
         arm, batch = self.arms[name], self.workload.batch(repeat)
