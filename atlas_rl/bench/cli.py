@@ -86,24 +86,17 @@ def all_arms(results: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any
 
 
 @contextmanager
-def progress(console: Any, max_seconds: float) -> Iterator[Callable[[str], None]]:
-    """A line that says what is being done, and how much of the time is left at most."""
-    import time
-
+def progress(console: Any, max_seconds: float) -> Iterator[Callable[[str, float], None]]:
+    """A line that says what is being done, and how much time is left at most."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TimeElapsedColumn(), BarColumn(20), TextColumn("{task.fields[left]}{task.description}"))
-    start: float | None = None
+    columns = (SpinnerColumn(), TimeElapsedColumn(), BarColumn(20), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting", total=max_seconds, left="")
+        task = bar.add_task("starting", total=max_seconds)
 
-        def report(doing: str) -> None:
-            nonlocal start
-            if start is None and ":" in doing:
-                start = time.perf_counter()
-            spent = 0.0 if start is None else time.perf_counter() - start
-            left = f"{max(0.0, max_seconds - spent) / 60:.0f} min left at most, " if start is not None else ""
-            bar.update(task, completed=spent, description=doing, left=left)
+        def report(what: str, spent: float) -> None:
+            left = f"{max(0.0, max_seconds - spent) / 60:.0f} min left at most, " if spent else ""
+            bar.update(task, completed=spent, description=left + what)
 
         yield report
 

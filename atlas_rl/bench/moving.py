@@ -64,8 +64,9 @@ def recording(config: WorkloadConfig, policy_folder: str, report: Callable[[str]
 
 
 def _key(options: dict[str, Any], policy_folder: str) -> str:
-    """Of all that the recording depends on."""
-    key = hashlib.sha256(json.dumps([FORMAT, options], sort_keys=True).encode())
+    """Of all that the recording depends on; the time that training takes is part of it."""
+    words = [FORMAT, torch.get_num_threads(), options]
+    key = hashlib.sha256(json.dumps(words, sort_keys=True).encode())
     for path in sorted(Path(policy_folder).rglob("*.safetensors")):
         key.update(path.read_bytes())
     return key.hexdigest()[:16]

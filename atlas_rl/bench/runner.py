@@ -60,21 +60,28 @@ TYPICAL_ROUNDS = 12
 def run_bench(
     config: BenchConfig,
     arm_names: list[str],
-    report: Callable[[str], None],
+    report: Callable[[str, float], None],
     keep: Callable[[list[dict[str, Any]]], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """One JSON object per workload: machine, versions, workload, arms, ratios; and limits, bounds, expectations.
 
     Args:
-        report: told what is being done.
+        report: told what is being done, and how many of the seconds for measuring are spent.
         keep: given the results so far after every workload. One that is interrupted is the last, with what was measured of it.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    report("loading the policy")
+
+    def prepare(what: str) -> None:
+        report(what, 0.0)
+
+    def measure(what: str) -> None:
+        report(what, config.max_seconds - (end - time.perf_counter()))
+
+    prepare("loading the policy")
     policy = load_policy(config.model)
     start_weights = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
-    workloads = [build_workload(workload_config, config, policy, report) for workload_config in config.workloads]
+    workloads = [build_workload(workload_config, config, policy, prepare) for workload_config in config.workloads]
     header = {"machine": machine(), "versions": versions(), "policy": policy_fields(policy)}
     arms: dict[str, Arm] = {}
     results = []
@@ -82,7 +89,7 @@ def run_bench(
         for name in arm_names:
             if not any(takes(workload_config, name) for workload_config in config.workloads):
                 continue
-            report(f"starting {name}")
+            prepare(f"starting {name}")
             fixed = FIXED_ARM.fullmatch(name)
             arms[name] = (fixed_arm(fixed[1], int(fixed[2])) if fixed else ARMS[name])(policy)
             header["versions"] |= arms[name].versions
@@ -93,7 +100,7 @@ def run_bench(
             share = size(workload) / sum(map(size, workloads[index:]))
             policy.load_state_dict(start_weights)
             measurement = Measurement(workload, arms, config)
-            measurement.run(now + share * (end - now), report)
+            measurement.run(now + share * (end - now), measure)
             results.append(header | {"workload": workload_fields(workload)} | measurement.to_dict())
             keep(results)
             if measurement.interrupted:
