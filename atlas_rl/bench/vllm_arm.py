@@ -1,4 +1,5 @@
-"""vLLM as an arm: its CPU build pins other versions than ours, so it runs in an environment and a process of its own."""
+"""vLLM as an arm, alone and with the speculation that it has without a trained drafter. Its CPU build pins other versions than
+ours, so it runs in an environment and a process of its own."""
 
 from __future__ import annotations
 
@@ -9,14 +10,14 @@ import subprocess
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
 from atlas_rl.bench.arms import Arm
 from atlas_rl.bench.make_vllm_venv import COMMAND, venv_dir
-from atlas_rl.bench.workload import Batch
+from atlas_rl.bench.workload import Batch, Workload
 
 WORKER = Path(__file__).parent / "vllm_worker.py"
 MAX_NUM_SEQS = 256
@@ -29,12 +30,20 @@ KV_GIB = 2
 class VLLM(Arm):
     """The worker loads the policy once and is stopped between its turns, so that the other arms have the machine to themselves.
 
-    It is spared what the engine's arms pay for at every run: no weights are handed over and nothing is packed anew.
+    The samples of a prompt share it in vLLM's prefix cache, which every run begins without. Where the policy stays as it is, vLLM
+    is spared what the engine's arms pay for at every run: no weights are handed over and nothing is packed anew. Where it moves,
+    vLLM takes each step's weights over within its process, as in TRL's colocated mode, and that counts (`vllm_worker`).
     """
+
+    speculation: ClassVar[dict[str, Any] | None] = None
+    """vLLM's `speculative_config`."""
+    learns = False
+    """Whether drafts come from earlier completions too: then it is warmed up like the engine's drafters."""
 
     def __init__(self, policy: PreTrainedModel) -> None:
         super().__init__(policy)
         self.process: subprocess.Popen[str] | None = None
+        self.has_moved = False
         if not (venv_dir() / "bin" / "python").exists():
             self.skipped = f"there is no vLLM in {venv_dir()}: make it with `{COMMAND}`"
             return
@@ -44,9 +53,25 @@ class VLLM(Arm):
             self.skipped = f"vLLM cannot load this policy: {error}"
             self.close()
 
+    def start(self, workload: Workload, repeat: int) -> None:
+        if workload.moves or self.has_moved:
+            self.policy.save_pretrained(self.weights_folder)
+            self._ask({"read": str(self.weights_folder)})
+            self.has_moved = workload.moves
+        if self.learns and workload.starts_over(repeat):
+            self._ask({"forget": True})
+            for batch in workload.warm_batches:
+                self.timed(batch)
+
     def timed(self, batch: Batch) -> tuple[float, list[int]]:
-        answer = self._ask({"run": batch.prompts, "lens": batch.lens})
-        return answer["seconds"], answer["lens"]
+        self.answer = self._ask({"run": batch.prompts, "lens": batch.lens})
+        return self.answer["seconds"], self.answer["lens"]
+
+    def figures(self) -> dict[str, Any]:
+        """Its memory is all that it has been given, taken at the start."""
+        num_tokens = sum(self.answer["lens"])
+        per_step = num_tokens / (num_tokens - self.answer["accepted"])
+        return {"tokens_per_decode_step": per_step, "peak_bytes": KV_GIB << 30}
 
     def close(self) -> None:
         if self.process is not None:
@@ -58,6 +83,7 @@ class VLLM(Arm):
     def _load(self) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="atlas-bench-vllm-")
         folder = Path(self.folder.name)
+        self.weights_folder = folder / "weights"
         self.policy.save_pretrained(folder / "policy")
         self.log = folder / "log"
         self.process = subprocess.Popen(
@@ -71,7 +97,7 @@ class VLLM(Arm):
         )
         max_len = min(MAX_MODEL_LEN, self.policy.config.max_position_embeddings)
         task = {"load": str(folder / "policy"), "max_num_seqs": MAX_NUM_SEQS, "max_model_len": max_len}
-        self.versions = self._ask(task)["versions"]
+        self.versions = self._ask(task | {"speculation": self.speculation})["versions"]
 
     def _ask(self, task: dict[str, Any]) -> dict[str, Any]:
         os.killpg(self.process.pid, signal.SIGCONT)
@@ -81,10 +107,31 @@ class VLLM(Arm):
             self.process.stdin.flush()
             answer = self.process.stdout.readline()
         if not answer:
-            raise EOFError(f"its process has ended, and these were its last words: {self.log.read_text()[-2000:]}")
+            raise EOFError(f"its process has ended: {last_words(self.log.read_text())}")
         os.killpg(self.process.pid, signal.SIGSTOP)
         os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED)
         return json.loads(answer)
+
+
+class VLLMNgram(VLLM):
+    """Drafts are looked up in the sequence itself, by its last tokens."""
+
+    speculation: ClassVar = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}
+    """As vLLM's documentation has it."""
+
+
+class VLLMSuffix(VLLM):
+    """Drafts are the most frequent continuations in the sequence and in earlier completions (Arctic's suffix trees)."""
+
+    speculation: ClassVar = {"method": "suffix", "num_speculative_tokens": 32}
+    """As vLLM's documentation has it; how many of them are drafted, the trees decide."""
+    learns = True
+
+
+def last_words(log: str) -> str:
+    """Of a process that has ended: its last line that names an error, or else its last one."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["without a word"]
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1])[-500:]
 
 
 def environment() -> dict[str, str]:

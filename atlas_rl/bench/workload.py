@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from atlas_rl.types import RolloutRequest, SamplingParams
 
 SAMPLING = SamplingParams(temperature=1.0, ignore_eos=True)
 """Lengths are forced, so EOS is a token like any other."""
+RANDOM_PROMPT_TOKENS = 32
 RECORDING = Path(__file__).parent / "draining.json"
 """The shipped policy's own completion lengths at its sampling settings, made by `record_lengths`."""
 
@@ -30,13 +32,20 @@ class WorkloadConfig:
     num_prompts: int
     num_samples: int = 1
     """Completions per prompt; they share the prompt's prefill."""
-    prompt_tokens: int = 32
-    """Length of random prompts; ignored where the shipped tasks give the prompts."""
+    prompt_tokens: int | None = None
+    """Length of every prompt: the shipped policy gets its tasks' texts one after another, any other policy random tokens. null:
+    one task's text, or 32 random tokens."""
     new_tokens: int | None = 128
     """Length of every completion; null takes the recorded lengths of the shipped policy, another batch at every repeat."""
     warm: int = 0
     """Untimed batches that a drafter learns from before it is timed, and lives on through the repeats as it does through the
     steps of a training run; 0: it starts every repeat from nothing."""
+    training: dict[str, Any] | None = None
+    """GRPOConfig's fields of a run that moves the policy, `num_prompts` x `num_samples` completions at each of its `max_steps`.
+    It is recorded first, and then every arm makes its rollouts, step after step, each with that step's weights; drafters live on
+    through the run. null: the policy stays as it is."""
+    arms: list[str] | None = None
+    """Only these take part; null: all."""
     expect: dict[str, float] = field(default_factory=dict)
     """What to judge: `arm/arm` is at least this, `step_over_linears` (a plain decode step over its own linears) at most."""
 
@@ -72,12 +81,18 @@ class BenchConfig:
                 f"bench config: 1 <= min_repeats <= max_repeats must hold, got {config.min_repeats} and {config.max_repeats}"
             )
         for workload in config.workloads:
+            _check_training(workload, config.model)
             least = {"num_prompts": 1, "num_samples": 1, "prompt_tokens": 1, "new_tokens": 1, "warm": 0}
             for name, bound in least.items():
                 value = getattr(workload, name)
                 if value is not None and value < bound:
                     raise ValueError(
                         f"bench config: workload {workload.name}: {name} must be at least {bound}, got {value}"
+                    )
+            for name in workload.arms or ():
+                if not is_arm(name):
+                    raise ValueError(
+                        f"bench config: workload {workload.name}: arms names {name!r}: known are {', '.join(ARM_NAMES)}"
                     )
             for key in workload.expect:
                 if key != STEP and not (key.count("/") == 1 and all(map(is_arm, key.split("/")))):
@@ -87,6 +102,28 @@ class BenchConfig:
                     )
         return config
 
+    def only(self, names: list[str]) -> BenchConfig:
+        """With these workloads alone."""
+        known = [workload.name for workload in self.workloads]
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(f"--workloads names {', '.join(unknown)}: this config has {', '.join(known)}")
+        return replace(self, workloads=[workload for workload in self.workloads if workload.name in names])
+
+
+def _check_training(workload: WorkloadConfig, model: str | dict[str, Any]) -> None:
+    if workload.training is None:
+        return
+    problem = None
+    if isinstance(model, dict):
+        problem = "training needs a policy with a tokenizer, as its prompts are the shipped tasks: not random weights"
+    elif workload.new_tokens is not None or workload.warm or workload.prompt_tokens is not None:
+        problem = "with training, new_tokens has to be null, warm 0 and prompt_tokens absent: the run has its own"
+    elif workload.training.get("max_steps", 0) < 1:
+        problem = "training needs max_steps of at least 1"
+    if problem is not None:
+        raise ValueError(f"bench config: workload {workload.name}: {problem}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
@@ -95,6 +132,10 @@ class Batch:
     prompts: list[tuple[int, ...]]
     seeds: list[int]
     lens: list[int]
+    weights: dict[str, torch.Tensor] | None = None
+    """Of the policy that makes them; None: it stays as it is."""
+    training_seconds: float = 0.0
+    """What training took between the batch before this one and this one."""
 
     @property
     def num_tokens(self) -> int:
@@ -119,7 +160,13 @@ class Workload:
 
     def starts_over(self, repeat: int) -> bool:
         """Whether drafters are to begin from nothing before this repeat: nothing may be drafted that was learned by heart."""
-        return self.config.warm == 0 or repeat == 0 or (repeat - 1) % self._per_pass == 0
+        lives_on = self.config.warm > 0 or self.moves
+        return not lives_on or repeat == 0 or (repeat - 1) % self._per_pass == 0
+
+    @property
+    def moves(self) -> bool:
+        """Whether its repeats are the steps of a run in which the policy moves."""
+        return self.config.training is not None
 
     @property
     def warm_batches(self) -> list[Batch]:
@@ -143,11 +190,20 @@ def load_policy(model: str | dict[str, Any]) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
 
-def build_workload(config: WorkloadConfig, bench: BenchConfig, policy: PreTrainedModel) -> Workload:
+def build_workload(
+    config: WorkloadConfig,
+    bench: BenchConfig,
+    policy: PreTrainedModel,
+    report: Callable[[str], None] = lambda _: None,
+) -> Workload:
+    if config.training is not None:
+        from atlas_rl.bench.moving import moving_batches
+
+        return Workload(config=config, batches=moving_batches(config, policy.config._name_or_path, report))
     if config.new_tokens is None:
         return Workload(config=config, batches=_recorded_batches(config, bench, policy))
     if bench.model == "shipped":
-        prompts = shipped_prompts(config.num_prompts)
+        prompts = shipped_prompts(config.num_prompts, config.prompt_tokens)
     else:
         prompts = _random_prompts(config, policy, seed=0)
     prompts = [prompt for prompt in prompts for _ in range(config.num_samples)]
@@ -197,18 +253,25 @@ def _recorded_batches(config: WorkloadConfig, bench: BenchConfig, policy: PreTra
 
 def _random_prompts(config: WorkloadConfig, policy: PreTrainedModel, seed: int) -> list[tuple[int, ...]]:
     generator = torch.Generator().manual_seed(seed)
-    dims = (config.num_prompts, config.prompt_tokens)
+    dims = (config.num_prompts, config.prompt_tokens or RANDOM_PROMPT_TOKENS)
     return [tuple(row) for row in torch.randint(0, policy.config.vocab_size, dims, generator=generator).tolist()]
 
 
-def shipped_prompts(num_prompts: int) -> list[tuple[int, ...]]:
-    """Token ids of prompts from the shipped tasks."""
+def shipped_prompts(num_prompts: int, num_tokens: int | None = None) -> list[tuple[int, ...]]:
+    """Token ids of prompts from the shipped tasks; with `num_tokens`, as many tasks before each as give it that length."""
     from transformers import AutoTokenizer
 
     from atlas_rl.tasks import build_dataset, policy_path
 
     tokenizer = AutoTokenizer.from_pretrained(policy_path())
-    return [tuple(tokenizer(text)["input_ids"]) for text in build_dataset(num_prompts, seed=1)["prompt"]]
+
+    def tasks(num: int, seed: int) -> list[tuple[int, ...]]:
+        return [tuple(tokenizer(text)["input_ids"]) for text in build_dataset(num, seed=seed)["prompt"]]
+
+    if num_tokens is None:
+        return tasks(num_prompts, seed=1)
+    # a task has at least one token
+    return [tuple(chain.from_iterable(tasks(num_tokens, seed=1 + i)))[-num_tokens:] for i in range(num_prompts)]
 
 
 def policy_sha256() -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+import torch
 import yaml
 from helpers import SHAPE, tiny_llama
 
@@ -16,8 +17,17 @@ from atlas_rl.bench import ARM_NAMES
 from atlas_rl.bench.arms import AtlasArm, AtlasPlain
 from atlas_rl.bench.record_lengths import natural_lens
 from atlas_rl.bench.runner import ARMS, Measurement
-from atlas_rl.bench.vllm_arm import VLLM
-from atlas_rl.bench.workload import RECORDING, BenchConfig, Workload, build_workload, load_policy, policy_sha256
+from atlas_rl.bench.vllm_arm import VLLM, VLLMNgram, VLLMSuffix, last_words
+from atlas_rl.bench.workload import (
+    RECORDING,
+    SAMPLING,
+    BenchConfig,
+    Workload,
+    build_workload,
+    load_policy,
+    policy_sha256,
+    shipped_prompts,
+)
 from atlas_rl.cli import main
 from atlas_rl.config import read_yaml
 from atlas_rl.drafters.suffix import SuffixDrafter
@@ -28,22 +38,47 @@ DRAINING = {"name": "draining", "num_prompts": 2, "num_samples": 2, "prompt_toke
 CONFIG = {"model": MODEL, "min_repeats": 2, "max_repeats": 2, "workloads": [EQUAL, DRAINING]}
 CONFIGS = Path(__file__).parents[2] / "configs"
 
+MOVING = {
+    "name": "moving",
+    "num_prompts": 2,
+    "num_samples": 2,
+    "new_tokens": None,
+    "training": {"max_steps": 3, "max_completion_length": 8, "learning_rate": 1e-3, "bf16": False},
+}
+
 FAKE_VLLM = """
+from types import SimpleNamespace as N
+
 class SamplingParams:
     def __init__(self, max_tokens, ignore_eos, **_):
         assert ignore_eos
         self.max_tokens = max_tokens
 
 class LLM:
-    def __init__(self, model, max_num_seqs, **_):
-        import os
+    def __init__(self, model, max_num_seqs, **options):
+        import os, sys
         if "model.safetensors" not in os.listdir(model):
             raise ValueError("no weights")
         print("vLLM prints what it likes")
+        self.speculates = "speculative_config" in options
+        head = N(quant_method=N(process_weights_after_loading=lambda head: print("head packed", file=sys.stderr)))
+        worker = N(model_runner=N(model=N(lm_head=head), drafter=N(suffix_cache=Cache(1, 2))))
+        self.llm_engine = N(model_executor=N(driver_worker=worker))
     def reset_prefix_cache(self): pass
+    def collective_rpc(self, name, kwargs):
+        import sys
+        print(name, sum(float(weight.sum()) for _, weight in kwargs["weights_iterator"]), file=sys.stderr)
     def generate(self, prompts, params, use_tqdm):
-        from types import SimpleNamespace as N
-        return [N(outputs=[N(token_ids=[0] * param.max_tokens)]) for _, param in zip(prompts, params)]
+        if len(prompts[0]["prompt_token_ids"]) == 3:
+            raise RuntimeError("too short")
+        metrics = N(histogram=[3, 2, 1]) if self.speculates else None
+        return [N(outputs=[N(token_ids=[0] * p.max_tokens, spec_decode_metrics=metrics)]) for p in params]
+
+class Cache:
+    def __init__(self, max_tree_depth, max_cached_requests):
+        import sys
+        print("a new cache", file=sys.stderr)
+        self.max_tree_depth, self.max_cached_requests = max_tree_depth, max_cached_requests
 """
 
 
@@ -94,10 +129,19 @@ def test_all_arms_and_the_json(tmp_path, capsys):
     assert results[0]["workload"]["completion_tokens"] == 36
     for result in results:
         assert tuple(result["arms"]) == ARM_NAMES
-        assert "make_vllm_venv" in result["arms"].pop("vllm")["skipped"]
+        for name in ("vllm", "vllm_ngram", "vllm_suffix"):
+            assert "make_vllm_venv" in result["arms"].pop(name)["skipped"]
+        assert "one sequence" in result["arms"].pop("hf_prompt_lookup")["skipped"]
         assert "no static drafter" in result["arms"].pop("atlas_static")["skipped"]
         for row in result["arms"].values():
             assert len(row["seconds"]) == len(row["tokens_per_s"]) == 2 and row["skipped"] is None
+            assert row["peak_bytes"] > 0
+        parts = result["arms"]["atlas"]["parts"]
+        assert {"prefill", "draft", "verify", "sample", "refresh", "retrain"} <= set(parts)
+        assert sum(parts.values()) == pytest.approx(sum(result["arms"]["atlas"]["seconds"]) / 2, rel=0.2)
+        for name in ("atlas_plain", "atlas"):
+            bound = result["bounds"][name]
+            assert max(bound["memory_s"], bound["arithmetic_s"]) <= bound["bound_s"] < bound["seconds"]
         a, b = (result["arms"][name]["seconds"] for name in ("atlas_plain", "hf_generate"))
         ratio = result["ratios"]["atlas_plain/hf_generate"]
         assert ratio["median"] == pytest.approx(median(y / x for x, y in zip(a, b, strict=True)))
@@ -107,6 +151,7 @@ def test_all_arms_and_the_json(tmp_path, capsys):
         assert {"torch", "transformers"} <= set(result["versions"])
     printed = capsys.readouterr().out
     assert "atlas_plain" in printed and "vllm: skipped" in printed and "undecided" in printed
+    assert "its forwards take at least" in printed and "speed over hf_generate" in printed
 
 
 def test_limits_and_expectations(tmp_path, capsys):
@@ -124,7 +169,7 @@ def test_every_arm_makes_the_lengths_it_is_told():
     workload, config = draining(num_samples=3)
     assert len(set(workload.batch(0).lens)) > 1 and len(workload.batch(0).lens) == 6
     policy = load_policy(MODEL)
-    for name in set(ARM_NAMES) - {"vllm", "atlas_static"}:
+    for name in ("hf_generate", "hf_continuous_batching", "atlas_plain", "atlas_adaptive", "atlas_suffix", "atlas"):
         arm = ARMS[name](policy)
         for repeat in range(2):
             arm.start(workload, repeat)
@@ -150,7 +195,170 @@ def test_vllm_is_asked_for_the_same_and_stopped_between_its_turns(fake_vllm):
 def test_vllm_that_cannot_load_is_skipped_with_its_last_words(fake_vllm):
     (fake_vllm / "__init__.py").write_text("raise ImportError('no such processor')")
     arm = VLLM(tiny_llama())
-    assert "no such processor" in arm.skipped and arm.process is None
+    assert arm.skipped == "vLLM cannot load this policy: its process has ended: ImportError: no such processor"
+    assert arm.process is None and last_words("a\n\n") == "a" and last_words("") == "without a word"
+
+
+def test_vllm_takes_a_moved_policys_weights_and_a_fixed_ones_once_more(fake_vllm, moving_reward):
+    shipped_policy = load_policy("shipped")
+    moving, _ = moving_workload()
+    fixed, _ = draining()
+    arm = VLLM(shipped_policy)
+    start = {name: tensor.clone() for name, tensor in shipped_policy.state_dict().items()}
+    try:
+        sums = []
+        for workload, repeat, weights in [(moving, 1, None), (moving, 3, None), (fixed, 1, start), (fixed, 2, start)]:
+            shipped_policy.load_state_dict(weights or workload.batch(repeat).weights)
+            sums.append(sum(p.sum().item() for p in shipped_policy.parameters()))
+            arm.start(workload, repeat)
+            arm.timed(workload.batch(repeat))
+        log = [line.split() for line in arm.log.read_text().splitlines()]
+        assert [float(words[1]) for words in log if words[0] == "reload_weights"] == pytest.approx(sums[:3], abs=0.01)
+        assert sums[0] == sums[2] != sums[1] and log.count(["head", "packed"]) == 3
+    finally:
+        arm.close()
+
+
+def test_vllms_speculation_is_counted_and_forgets_what_the_engines_drafters_forget(fake_vllm):
+    workload, _ = draining(warm=2)
+    ngram, suffix = VLLMNgram(tiny_llama()), VLLMSuffix(tiny_llama())
+    try:
+        for arm in (ngram, suffix):
+            for repeat in (1, 2):
+                arm.start(workload, repeat)
+                arm.timed(workload.batch(repeat))
+            tokens, accepted = workload.batch(2).num_tokens, 4 * len(workload.batch(2).lens)
+            assert arm.figures()["tokens_per_decode_step"] == pytest.approx(tokens / (tokens - accepted))
+        assert ngram.log.read_text().count("a new cache") == 1  # at its start, as any
+        assert suffix.log.read_text().count("a new cache") == 2
+    finally:
+        ngram.close()
+        suffix.close()
+
+
+def test_prompt_lookup_makes_one_sequence(tmp_path):
+    alone = EQUAL | {"num_prompts": 1, "num_samples": 1}
+    (result,) = bench(tmp_path, CONFIG | {"workloads": [alone]}, "--arms", "hf_generate,hf_prompt_lookup")
+    assert result["arms"]["hf_prompt_lookup"]["tokens_per_decode_step"] >= 1
+    assert len(result["arms"]["hf_prompt_lookup"]["seconds"]) == 2
+
+
+# ---- a policy that moves, long prompts ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    return tmp_path_factory.mktemp("recordings")
+
+
+@pytest.fixture
+def moving_reward(recordings, monkeypatch):
+    """Of a run whose policy learns something in three steps of eight tokens, recorded once for these tests."""
+    monkeypatch.setattr("atlas_rl.bench.moving.FOLDER", recordings)
+    monkeypatch.setattr(
+        "atlas_rl.tasks.reasoning_gym_reward",
+        lambda completions, **_: [float(len(set(text))) for text in completions],
+        raising=False,
+    )
+
+
+def moving_workload() -> tuple[Workload, BenchConfig]:
+    config = BenchConfig.from_dict({"workloads": [MOVING]})
+    return build_workload(config.workloads[0], config, load_policy("shipped")), config
+
+
+def test_a_moving_policys_run_is_made_whole_with_each_steps_weights(tmp_path, recordings, moving_reward):
+    values = {"workloads": [MOVING, EQUAL], "min_repeats": 1, "max_repeats": 1, "max_seconds": 0}
+    moved, fixed = bench(tmp_path, values, "--arms", "atlas_plain,atlas")
+    assert moved["workload"]["batches"] == 3
+    assert all(len(row["seconds"]) == 3 for row in moved["arms"].values())
+    assert all(len(row["seconds"]) == 1 for row in fixed["arms"].values())
+    (recording,) = recordings.iterdir()
+    made = recording.stat().st_mtime_ns
+
+    workload, _ = moving_workload()
+    assert recording.stat().st_mtime_ns == made, "recorded twice"
+    first, last = workload.batches[0], workload.batches[-1]
+    policy = load_policy("shipped")
+    start = policy.state_dict()
+    assert all(torch.equal(first.weights[name], start[name]) for name in start)
+    assert any(not torch.equal(last.weights[name], start[name]) for name in start)
+    assert first.training_seconds == 0 < last.training_seconds
+    arm = AtlasPlain(policy)
+    made_tokens = []
+    for weights in (first.weights, last.weights):
+        policy.load_state_dict(weights)
+        arm.start(workload, 1)
+        arm.engine.weights_changed = True
+        made_tokens.append([r.token_ids for r in arm.engine.generate(last.requests(), SAMPLING)])
+    assert made_tokens[0] != made_tokens[1], "the arm does not see the policy move"
+
+
+def test_drafters_live_through_a_moving_policys_run(moving_reward):
+    workload, _ = moving_workload()
+    assert [repeat for repeat in range(4) if workload.starts_over(repeat)] == [0, 1]
+    arm = AtlasArm(load_policy("shipped"))
+    remaining = []
+    for repeat in (1, 2, 3):
+        arm.start(workload, repeat)
+        remaining.append(arm.adaptation.remaining())
+        arm.timed(workload.batch(repeat))
+    assert remaining == [3, 2, 1] and arm.adaptation.num_updates == 2
+
+
+def test_long_prompts_are_task_texts_of_that_length():
+    first, second = shipped_prompts(2, 100)
+    assert len(first) == len(second) == 100 and first != second
+    config = BenchConfig.from_dict({"workloads": [EQUAL | {"prompt_tokens": 100}]})
+    workload = build_workload(config.workloads[0], config, load_policy("shipped"))
+    assert workload.batch(1).prompts == [first, first, second, second]
+
+
+# ---- what is kept ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_arm_that_fails_keeps_its_figures_and_the_others_go_on(tmp_path, fake_vllm, capsys):
+    values = CONFIG | {"workloads": [EQUAL, EQUAL | {"name": "short", "prompt_tokens": 3}, EQUAL | {"name": "after"}]}
+    equal, short, after = bench(tmp_path, values, "--arms", "vllm,atlas_plain")
+    assert len(equal["arms"]["vllm"]["seconds"]) == 2 and equal["arms"]["vllm"]["skipped"] is None
+    for result in (short, after):
+        assert (
+            "too short" in result["arms"]["vllm"]["skipped"] and "warm-up of short" in result["arms"]["vllm"]["skipped"]
+        )
+        assert result["arms"]["vllm"]["seconds"] == [] and len(result["arms"]["atlas_plain"]["seconds"]) == 2
+    assert "vllm: failed in" in capsys.readouterr().out
+
+
+def test_an_engine_arm_that_fails_fails_the_bench(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(AtlasPlain, "run", lambda arm, batch: [])
+    config = write(tmp_path / "bench.yaml", CONFIG)
+    assert main(["bench", "--config", config, "--arms", "hf_generate,atlas_plain"]) == 1
+    assert "atlas_plain made other lengths" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_interrupted_bench_keeps_what_was_measured(tmp_path, monkeypatch):
+    timed, calls = AtlasPlain.timed, []
+
+    def interrupted(arm, batch):
+        calls.append(batch)
+        if len(calls) == 5:  # a warm-up and two repeats of the first workload, a warm-up of the second
+            raise KeyboardInterrupt
+        return timed(arm, batch)
+
+    monkeypatch.setattr(AtlasPlain, "timed", interrupted)
+    out = tmp_path / "bench.json"
+    config = write(tmp_path / "bench.yaml", CONFIG | {"workloads": [EQUAL, DRAINING, EQUAL | {"name": "never"}]})
+    assert main(["bench", "--config", config, "--json", str(out), "--arms", "hf_generate,atlas_plain"]) == 130
+    first, second = json.loads(out.read_text())
+    assert len(first["arms"]["atlas_plain"]["seconds"]) == 2 and not first["interrupted"]
+    assert second["interrupted"] and len(second["arms"]["hf_generate"]["seconds"]) == 1
+    assert list(tmp_path.glob("bench.json*")) == [out]
+
+
+def test_workloads_and_their_arms_are_chosen(tmp_path):
+    values = CONFIG | {"workloads": [EQUAL | {"arms": ["atlas"]}, DRAINING]}
+    (result,) = bench(tmp_path, values, "--workloads", "equal", "--arms", "atlas_plain,atlas")
+    assert list(result["arms"]) == ["atlas"] and result["workload"]["name"] == "equal"
 
 
 def test_repeats_have_other_completions():
@@ -199,14 +407,21 @@ def test_an_arm_rests_once_its_ratios_are_decided(monkeypatch):
         def figures(self):
             return {}
 
+    monkeypatch.setattr("atlas_rl.bench.runner.Limits.of", lambda arms, workload: None)
     arms = {"hf_generate": Paced([1.0]), "atlas_plain": Paced([0.5]), "vllm": Paced([1.0, 3.0])}
-    result = Measurement(workload, arms, config).run(deadline=float("inf"), report=lambda _: None)
+
+    def measure(deadline):
+        measurement = Measurement(workload, arms, config)
+        measurement.run(deadline, report=lambda _: None)
+        return measurement.to_dict()
+
+    result = measure(deadline=float("inf"))
     assert [len(row["seconds"]) for row in result["arms"].values()] == [20, 6, 20]
     assert (
         result["ratios"]["atlas_plain/hf_generate"]["decided"] and not result["ratios"]["vllm/hf_generate"]["decided"]
     )
 
-    late = Measurement(workload, arms, config).run(deadline=0, report=lambda _: None)
+    late = measure(deadline=0)
     assert [len(row["seconds"]) for row in late["arms"].values()] == [1, 1, 1]
 
 
@@ -227,7 +442,7 @@ def test_another_policy_under_the_shipped_name_is_refused(monkeypatch, shipped_p
         build_workload(config.workloads[0], config, shipped_policy)
 
 
-@pytest.mark.parametrize("name", ["bench.yaml", "bench_27m.yaml"])
+@pytest.mark.parametrize("name", ["bench.yaml", "bench_quick.yaml", "bench_27m.yaml"])
 def test_the_configs_are_valid(name):
     assert BenchConfig.from_dict(read_yaml(CONFIGS / name)).threads == 2
 
@@ -243,6 +458,11 @@ def test_the_configs_are_valid(name):
         ({"workloads": [EQUAL | {"expect": {"atlas/vlm": 1.0}}]}, [], ["atlas/vlm", "step_over_linears"]),
         (CONFIG | {"workloads": [DRAINING | {"num_prompts": 9}]}, [], ["draining", "8 prompts"]),
         (CONFIG | {"workloads": [DRAINING | {"warm": 12}]}, [], ["warm", "12"]),
+        ({"workloads": [EQUAL | {"arms": ["vlm"]}]}, [], ["vlm", "vllm_ngram"]),
+        (CONFIG | {"workloads": [MOVING]}, [], ["moving", "tokenizer"]),
+        ({"workloads": [MOVING | {"new_tokens": 9}]}, [], ["moving", "new_tokens"]),
+        ({"workloads": [MOVING | {"training": {}}]}, [], ["moving", "max_steps"]),
+        (CONFIG, ["--workloads", "equal,even"], ["even", "draining"]),
         (CONFIG, ["--arms", "atlas_plain,vlm"], ["vlm", "atlas_suffix"]),
         (CONFIG, ["--json", "/proc/none/x.json"], ["--json"]),
     ],

@@ -109,7 +109,13 @@ def _arms(section: Section, policy: PreTrainedModel) -> dict[str, Arm]:
 
 def _measure(arms: dict[str, Arm], workload: Workload, bench: BenchConfig, end: float) -> dict[str, Any]:
     """Engines begin anew with each workload, and live on over its repeats with what they captured."""
-    measured = Measurement(workload, arms, bench).run(end, lambda text: None)
+    measurement = Measurement(workload, arms, bench)
+    measurement.run(end, lambda text: None)
+    if measurement.interrupted:
+        raise KeyboardInterrupt
+    if set(measurement.running) != set(arms):
+        raise RuntimeError("; ".join(filter(None, measurement.skipped.values())))
+    measured = measurement.to_dict()
     for name, arm in arms.items():
         captured = arm.engine.captured
         measured["arms"][name] |= {
