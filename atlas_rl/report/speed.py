@@ -56,6 +56,7 @@ def speed(run: Run) -> Chart:
         how += " The dashed line is what the same engine would have reached without drafts, from step times measured in the run."
         gain = with_drafts.last / plain.last
         finding += f", where it would have been {plain.last:,.0f} without drafts ({gain:.2f} times as fast as that)"
+        finding += when_ahead(with_drafts.smooth(), plain.smooth(), run.unit)
     return Chart(
         key="speed",
         label=f"Line chart: tokens per second over {len(with_drafts):,} {run.unit}s",
@@ -63,6 +64,19 @@ def speed(run: Run) -> Chart:
         finding=f"{finding}. {_slowest_step(run)}",
         draw=draw,
     )
+
+
+def when_ahead(ours: Series, other: Series, unit: str) -> str:
+    """When the one line was above the other, where that can be said in a few words."""
+    by_step = dict(zip(other.steps, other.values))
+    pairs = [(step, value > by_step[step]) for step, value in zip(ours.steps, ours.values) if step in by_step]
+    is_ahead = [ahead for _, ahead in pairs]
+    if len(set(is_ahead)) == 1:
+        return f". {'It was faster than that all along' if is_ahead[0] else 'At no time was it faster than that'}"
+    if not is_ahead[-1]:
+        return f". It was faster than that in {sum(is_ahead) / len(is_ahead):.0%} of the run"
+    begin = next(step for step, ahead in reversed(pairs) if not ahead)
+    return f". From {unit} {begin + 1:,.0f} on it was faster than that"
 
 
 def _slowest_step(run: Run) -> str:
@@ -171,7 +185,7 @@ def within_rollouts(run: Run) -> Chart:
             axes.set_title(f"{run.unit} {step:,}, {which}")
             axes.set_ylabel("completions not yet finished")
             axes.set_xlabel("seconds since the rollout began")
-        d.legend(figure, screen, [d.patch(d.arm_color(name), d.arm_label(name)) for name in names], None)
+        d.legend(figure, screen, [d.patch(d.arm_color(name), d.arm_label(name)) for name in names])
 
     step, row = chosen.get("a typical one") or chosen["the only one"]
     return Chart(

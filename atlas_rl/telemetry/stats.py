@@ -84,7 +84,7 @@ class RolloutStats:
     plain_seconds_estimate: float | None = None
     """What the same completions would have cost without drafts, from the step times measured in this rollout."""
     seconds_by_part: dict[str, float] = field(default_factory=dict)
-    """What they would have cost with one drafter alone (`control.parts`), by its name."""
+    """What they would have cost with one drafter alone (`control.parts`), by its name; all retraining is the adaptive one's."""
     timeline: Timeline | None = None
     """Of one rollout, as are the lengths; sums have none."""
     completion_lens: list[int] = field(default_factory=list)

@@ -10,6 +10,7 @@ import pytest
 from atlas_rl.cli import main
 from atlas_rl.report.page import in_a_sentence, make_page
 from atlas_rl.report.run import Series, read_run
+from atlas_rl.report.speed import when_ahead
 
 pytest.importorskip("matplotlib")
 
@@ -242,6 +243,17 @@ def test_series():
     assert (series.first, series.last) == (9.5, 89.5)
     assert len(Series.of({1: 1.0, 2: 1.0, 3: 1.0, 30: 1.0, 31: 1.0}).broken()[0]) == 6
     assert Series.of({1: 5.0}).smooth().values == [5.0] and Series.of({1: 5.0}).broken() == ([1], [5.0])
+
+
+def test_when_one_line_is_above_the_other():
+    slow, fast = Series([1, 2, 3, 4], [1.0] * 4), Series([1, 2, 3, 4], [2.0] * 4)
+    assert when_ahead(fast, slow, "step") == ". It was faster than that all along"
+    assert when_ahead(slow, fast, "step") == ". At no time was it faster than that"
+    assert (
+        when_ahead(Series([1, 2, 3, 4], [2.0, 0.5, 2.0, 2.0]), slow, "step")
+        == ". From step 3 on it was faster than that"
+    )
+    assert "in 25% of the run" in when_ahead(Series([1, 2, 3, 4], [2.0, 0.5, 0.5, 0.5]), slow, "step")
 
 
 def test_command(tmp_path, capsys):
