@@ -159,7 +159,8 @@ def parts(run: Run) -> Chart:
         places = range(len(bars))
         axes.barh(places, values, 0.62, color=colors)
         for place, value in zip(places, values):
-            axes.annotate(f"{value:.2f}×", (value, place), xytext=(6, 0), textcoords="offset points", va="center")
+            away = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(f"{value:.2f}×", (value, place), **away, bbox={"fc": d.color("page"), "lw": 0, "pad": 1})
         axes.axvline(1.0, color=d.color("axis"), lw=1.0, zorder=0)
         axes.set_yticks(places, labels)
         axes.set_xlim(0, 1.15 * max(values))

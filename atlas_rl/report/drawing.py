@@ -28,6 +28,7 @@ POINTS = {"wide": 200, "narrow": 80}
 
 # name: (light, dark). Told apart with the common kinds of colour blindness; no light one stands here twice
 COLORS = {
+    "page": ("#fbfbf9", "#14171a"),
     "ink": ("#1d2126", "#e8eaed"),
     "soft": ("#59616a", "#a5aeb8"),
     "axis": ("#b8bec5", "#4c555f"),
@@ -145,7 +146,7 @@ def svgs_of(chart: Chart) -> dict[str, str]:
 
 def write_png(chart: Chart, path: Path) -> None:
     """The wide one, in light colours, two dots per pixel."""
-    path.write_bytes(_saved(chart, "wide", format="png", dpi=144, facecolor="white"))
+    path.write_bytes(_saved(chart, "wide", format="png", dpi=144, facecolor=color("page")))
 
 
 def _saved(chart: Chart, screen: str, **options: Any) -> bytes:

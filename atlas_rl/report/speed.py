@@ -9,7 +9,7 @@ import numpy as np
 
 from atlas_rl.report import drawing as d
 from atlas_rl.report.drawing import Chart, NoFigure
-from atlas_rl.report.run import Row, Run, Series, mean, plain_tokens_per_s, seconds_of, tokens_per_s
+from atlas_rl.report.run import Row, Run, Series, fifth, mean, plain_tokens_per_s, seconds_of, tokens_per_s
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,7 +73,7 @@ def when_ahead(ours: Series, other: Series, unit: str) -> str:
     is_ahead = [ahead for _, ahead in pairs]
     if len(set(is_ahead)) == 1:
         return f". {'It was faster than that all along' if is_ahead[0] else 'At no time was it faster than that'}"
-    if not is_ahead[-1]:
+    if not all(is_ahead[-fifth(is_ahead) :]):
         return f". It was faster than that in {sum(is_ahead) / len(is_ahead):.0%} of the run"
     begin = next(step for step, ahead in reversed(pairs) if not ahead)
     return f". From {unit} {begin + 1:,.0f} on it was faster than that"
