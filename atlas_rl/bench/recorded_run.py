@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from atlas_rl.attachment import PHASES, mix_seed
-from atlas_rl.cli.progress import CompactProgress
+from atlas_rl.cli.progress import PlainLines
 from atlas_rl.config import AtlasConfig
 from atlas_rl.generator import AtlasRolloutGenerator
 from atlas_rl.integrations.hf_generate import sampling_params
@@ -73,7 +73,7 @@ def record_run(
             callbacks=[recorder.atlas],
         )
         if trainer.pop_callback(ProgressCallback) is not None:
-            trainer.add_callback(progress or CompactProgress)
+            trainer.add_callback(progress or PlainLines)
         try:
             trainer.train()
         finally:
