@@ -264,7 +264,7 @@ class Retrainer:
     @property
     def is_sound(self) -> bool:
         """Whether the head's weights are finite."""
-        return all(p.isfinite().all() for p in self.drafter.head.parameters())
+        return self.drafter.head.is_finite
 
     def restore(self, optimizer_state: dict[str, Any] | None = None) -> None:
         """Give the head the last weights that passed, and the optimizer this state, or none."""

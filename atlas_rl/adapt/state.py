@@ -218,7 +218,7 @@ class Saved:
     def _apply_drafter(self, name: str, head: DraftHead, drafter: RecurrentDrafter) -> None:
         if head.config_dict() != drafter.head.config_dict():
             raise ValueError(f"the head of {name} is another policy's: {head.config_dict()}")
-        if not all(p.isfinite().all() for p in head.parameters()):
+        if not head.is_finite:
             raise ValueError(f"the weights of {name} are NaN or infinite")
         drafter.head.load_state_dict(head.state_dict())
         counts_V = self.tensors[f"vocabulary.{name}.counts"].numpy()

@@ -65,6 +65,11 @@ class DraftHead(nn.Module):
     layers: tuple[int, ...]
     """Decoder layers (from 0) of the policy whose outputs it reads."""
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all weights are: a sum is finite only where its terms are, and takes a fifth of the time."""
+        return bool(torch.stack([p.detach().sum() for p in self.parameters()]).isfinite().all())
+
     @abstractmethod
     def unroll(self, windows: Windows, depth: int, embedding_VD: torch.Tensor) -> torch.Tensor:
         """States [B, S, K, D], ready for the output head, of drafts of `depth` tokens from every start: the k-th has read the

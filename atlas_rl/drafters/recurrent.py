@@ -113,7 +113,7 @@ class RecurrentDrafter(Drafter):
         Raises:
             FloatingPointError: the head's weights are not finite.
         """
-        if not all(p.isfinite().all() for p in self.head.parameters()):
+        if not self.head.is_finite:
             raise FloatingPointError(f"the weights of drafter {self.name} are NaN or infinite")
         self.is_stale = True  # packing takes milliseconds: it waits until the drafter is asked
 

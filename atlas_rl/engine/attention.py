@@ -20,8 +20,6 @@ HARMLESS = frozenset(
     {"position_ids", "use_cache", "is_causal", "output_attentions", "output_hidden_states", "layer_type"}
 )
 """Keywords that modules pass on and that change nothing here."""
-MAX_PAGED_QUERY = 64
-"""Up to this many queries per KV head the CPU kernel, which reads the blocks in place, beats a gather and matrix products."""
 MIN_BATCHED_ROWS = 4
 MAX_SMALL_QUERY = 32
 """From this many rows on, up to this many queries per KV head, two batched products beat the fused kernel in float32 on CPU
@@ -67,13 +65,6 @@ def uses_cpu_kernels(batch: ForwardBatch) -> bool:
     return on_cpu and cpu.supports(shape.head_dim) and cpu.unavailable_reason() is None
 
 
-def reads_blocks_in_place(batch: ForwardBatch, heads_size: int) -> bool:
-    """Whether the CPU kernel takes this batch's attention, of so many numbers per token over all query heads."""
-    shape = batch.kv_cache.shape
-    queries_per_head = batch.max_query_len * heads_size // (shape.num_kv_heads * shape.head_dim)
-    return queries_per_head <= MAX_PAGED_QUERY and not batch.takes_kernels and uses_cpu_kernels(batch)
-
-
 def attend(
     batch: ForwardBatch,
     layer: int,
@@ -89,7 +80,7 @@ def attend(
         shared = batch.shared if sliding_window is None else None  # a window moves through what is shared
         places = {"query_starts_R": batch.query_starts_R, "max_query_len": batch.max_query_len, "shared": shared}
         return paged_attention(query_NHD, kv_cache.layers[layer], *rows, scaling, sliding_window, softcap, **places)
-    if query_NHD.dtype == torch.float32 and reads_blocks_in_place(batch, query_NHD[0].numel()):
+    if query_NHD.dtype == torch.float32 and uses_cpu_kernels(batch):  # at any length faster than a gather and products
         rows = (batch.block_tables_RM, batch.starts_R, batch.query_lens_R)
         return cpu.paged_attention(query_NHD, kv_cache.layers[layer], *rows, scaling, sliding_window, softcap)
     keys_RHSD, values_RHSD = kv_cache.gather(layer, batch.piece_places, batch.num_rows)

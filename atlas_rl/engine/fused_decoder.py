@@ -1,8 +1,8 @@
 """A Llama-like decoder in a handful of calls per layer: calling modules can cost more than a small model computes.
 
-On CPU in float32 the calls are compiled C++ over packed weights, and those of a decode step are a single one; on an accelerator
-they are kernels over the trainer's own weights. The twin's own modules stay the reference: a fused decoder is used only if it
-computes what they compute.
+On CPU in float32 it is compiled C++ over packed weights, a single call for all layers; on an accelerator the calls are kernels
+over the trainer's own weights. The twin's own modules stay the reference: a fused decoder is used only if it computes what they
+compute.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import atlas_kernels
 from atlas_kernels import cpu, fused_linear
 from atlas_kernels.cpu_decoder import Decoder, LayerWeights
-from atlas_rl.engine.attention import attend, reads_blocks_in_place
+from atlas_rl.engine.attention import attend, uses_cpu_kernels
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.linears import CastLinear, PackedLinear, is_linear
 from atlas_rl.engine.twin import PROBE_TOLERANCE, probe_batches, run_twin
@@ -180,7 +180,7 @@ class FusedDecoder:
         self.grow_rotations(batch.num_kv_slots)
         rotations = self.rotations
         x_ND = torch.nn.functional.embedding(batch.input_ids_N, self.embed_tokens.weight)
-        if self.decoder is not None and reads_blocks_in_place(batch, self.decoder.heads_size):
+        if self.decoder is not None and uses_cpu_kernels(batch) and not batch.takes_kernels:
             tokens = (batch.positions_N, batch.slots_N, batch.block_tables_RM, batch.starts_R, batch.query_lens_R)
             x_ND, batch.tapped = self.decoder(x_ND, *tokens, batch.kv_cache.layers, rotations, self.tapped_layers)
             return x_ND
