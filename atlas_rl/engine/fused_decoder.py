@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 import atlas_kernels
 from atlas_kernels import cpu, fused_linear
-from atlas_kernels.cpu_decoder import Decoder, LayerWeights
+from atlas_kernels.cpu_decoder import Decoder, LayerWeights, are_alike
 from atlas_rl.engine.attention import attend, uses_cpu_kernels
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.linears import CastLinear, PackedLinear, is_linear
@@ -127,7 +127,7 @@ class FusedDecoder:
         device = self.embed_tokens.weight.device
         self.rotations: Rotations = (torch.empty(0, 0, device=device), torch.empty(0, 0, device=device))
         self.decoder = self._decoder()
-        """All layers in one call, on CPU."""
+        """All layers in one call, on CPU, where they are of one shape."""
 
     @classmethod
     @torch.inference_mode()
@@ -171,9 +171,8 @@ class FusedDecoder:
         self.decoder = self._decoder()
 
     def _decoder(self) -> Decoder | None:
-        if self.on_device:
-            return None
-        return Decoder([layer.weights() for layer in self.layers], self.norm.weight, self.eps)
+        layers = [] if self.on_device else [layer.weights() for layer in self.layers]
+        return Decoder(layers, self.norm.weight, self.eps) if layers and are_alike(layers) else None
 
     def __call__(self, batch: ForwardBatch) -> torch.Tensor:
         """Last hidden states [N, D], after the final norm."""
@@ -182,7 +181,9 @@ class FusedDecoder:
         x_ND = torch.nn.functional.embedding(batch.input_ids_N, self.embed_tokens.weight)
         if self.decoder is not None and uses_cpu_kernels(batch) and not batch.takes_kernels:
             tokens = (batch.positions_N, batch.slots_N, batch.block_tables_RM, batch.starts_R, batch.query_lens_R)
-            x_ND, batch.tapped = self.decoder(x_ND, *tokens, batch.kv_cache.layers, rotations, self.tapped_layers)
+            x_ND, batch.tapped = self.decoder(
+                x_ND, *tokens, batch.kv_cache.memory_L2NHSD, rotations, self.tapped_layers
+            )
             return x_ND
         for index, layer in enumerate(self.layers):
             x_ND = layer(x_ND, batch, index, rotations)

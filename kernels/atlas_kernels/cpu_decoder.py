@@ -31,7 +31,7 @@ class _Layer(Structure):
 
     _fields_ = [
         *((name, POINTER) for name in ("input_norm", "query_norm", "key_norm", "post_norm")),
-        *((name, POINTER) for name in ("qkv", "out", "gate_up", "down", "keys", "values", "tapped")),
+        *((name, POINTER) for name in ("qkv", "out", "gate_up", "down", "tapped")),
         ("scaling", FLOAT),
         ("window", INT),
     ]
@@ -45,7 +45,8 @@ class _Decoder(Structure):
         ("num_layers", INT),
         ("hidden_size", INT),
         ("eps", FLOAT),
-        *((name, POINTER) for name in ("final_norm", "cos", "sin")),
+        *((name, POINTER) for name in ("final_norm", "cos", "sin", "cache")),
+        *((name, INT) for name in ("layer_stride", "value_stride")),
     ]
 
 
@@ -62,21 +63,14 @@ class Decoder:
     """Layers of one shape and the final norm, over the weights that lie where they lay when it was made."""
 
     def __init__(self, layers: list[LayerWeights], final_norm: torch.Tensor, eps: float) -> None:
+        assert are_alike(layers)
         self.weights = (layers, final_norm)  # the pointers are theirs
         self.layers = (_Layer * len(layers))(*map(_layer, layers))
-        self.model = _Decoder(
-            addressof(self.layers), len(layers), len(final_norm), eps, final_norm.data_ptr(), None, None
-        )
-        first = layers[0]
-        products = (first.qkv, first.out, first.gate_up, first.down)
-        assert all(
-            (a.in_features, a.out_features) == (b.in_features, b.out_features)
-            for layer in layers
-            for a, b in zip(products, (layer.qkv, layer.out, layer.gate_up, layer.down))
-        )
-        self.workspace_size = sum(p.in_features for p in products) + first.qkv.out_features + first.gate_up.out_features
-        self.heads_size = first.out.in_features
-        self.cache: list[torch.Tensor] | None = None
+        self.model = _Decoder(addressof(self.layers), len(layers), len(final_norm), eps, final_norm.data_ptr())
+        products = _products(layers[0])
+        qkv, out, gate_up, _ = products
+        self.workspace_size = sum(p.in_features for p in products) + qkv.out_features + gate_up.out_features
+        self.heads_size = out.in_features
 
     def __call__(
         self,
@@ -86,23 +80,23 @@ class Decoder:
         block_tables_RM: torch.Tensor,
         starts_R: torch.Tensor,
         query_lens_R: torch.Tensor,
-        cache: list[torch.Tensor],
+        kv_L2BHSD: torch.Tensor,
         rotations: tuple[torch.Tensor, torch.Tensor],
         tapped_layers: frozenset[int] = frozenset(),
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """Last hidden states [N, D] after the final norm, written over the embeddings x_ND, and the tapped layers' outputs.
 
         Args:
-            cache: of each layer, [2 (keys, values), blocks, H, S, D]; the tokens' own keys and values are stored there.
+            kv_L2BHSD: the cache of all layers; 2: keys, values. The tokens' own are stored there.
             rotations: cosines and sines [positions, head_dim / 2].
         """
-        if self.cache is not cache:
-            self._bind(cache)
         tapped = {index: torch.empty_like(x_ND) for index in tapped_layers}
         for index, layer in enumerate(self.layers):
             layer.tapped = tapped[index].data_ptr() if index in tapped else None
-        self.model.cos, self.model.sin = rotations[0].data_ptr(), rotations[1].data_ptr()
-        _, _, num_kv_heads, block_size, head_dim = cache[0].shape
+        model, workspace = self.model, x_ND.new_empty(len(x_ND) * self.workspace_size)
+        model.cos, model.sin = rotations[0].data_ptr(), rotations[1].data_ptr()
+        model.cache, model.layer_stride, model.value_stride = kv_L2BHSD.data_ptr(), *kv_L2BHSD.stride()[:2]
+        *_, num_kv_heads, block_size, head_dim = kv_L2BHSD.shape
         rows = _Rows(
             block_tables_RM.data_ptr(),
             starts_R.data_ptr(),
@@ -113,9 +107,8 @@ class Decoder:
             head_dim,
             block_size,
         )
-        workspace = x_ND.new_empty(len(x_ND) * self.workspace_size)
         LIBRARY.functions.decode(
-            addressof(self.model),
+            addressof(model),
             addressof(rows),
             positions_N.data_ptr(),
             slots_N.data_ptr(),
@@ -125,20 +118,22 @@ class Decoder:
         )
         return x_ND, tapped
 
-    def _bind(self, cache: list[torch.Tensor]) -> None:
-        for layer, memory in zip(self.layers, cache, strict=True):
-            layer.keys, layer.values = memory[0].data_ptr(), memory[1].data_ptr()
-        self.cache = cache
+
+def are_alike(layers: list[LayerWeights]) -> bool:
+    """Whether all layers are of one shape."""
+    shapes = {tuple((p.in_features, p.out_features) for p in _products(layer)) for layer in layers}
+    return len(shapes) == 1
+
+
+def _products(weights: LayerWeights) -> tuple[PackedWeight, ...]:
+    return weights.qkv, weights.out, weights.gate_up, weights.down
 
 
 def _layer(weights: LayerWeights) -> _Layer:
     norms = (weights.input_norm, weights.query_norm, weights.key_norm, weights.post_norm)
-    products = (weights.qkv, weights.out, weights.gate_up, weights.down)
     return _Layer(
         *(None if norm is None else norm.data_ptr() for norm in norms),
-        *(product.address for product in products),
-        None,
-        None,
+        *(product.address for product in _products(weights)),
         None,
         weights.scaling,
         weights.sliding_window or 0,

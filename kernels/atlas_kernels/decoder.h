@@ -15,7 +15,6 @@ namespace atlas {
 struct Layer {
     const float *input_norm, *query_norm, *key_norm, *post_norm;  // queries and keys may have none
     const Weight *qkv, *out, *gate_up, *down;
-    float *keys, *values;  // of the cache
     float* tapped;         // [N, D] where the layer's output goes as well, or nullptr
     float scaling;
     int64_t window;
@@ -27,6 +26,8 @@ struct Decoder {
     float eps;
     const float* final_norm;
     const float *cos, *sin;  // [positions, head_dim / 2]
+    float* cache;            // [layers, 2 (keys, values), blocks, H, S, D]
+    int64_t layer_stride, value_stride;
 };
 
 struct Tokens {
@@ -83,14 +84,14 @@ inline void decode(const Decoder& model, const Rows& rows, const Tokens& tokens,
             multiply(*layer.qkv, normed, qkv);
 #pragma omp barrier
             const Attention how{tile_fn, layer.scaling, 0.0f, layer.window};
+            float *keys = model.cache + l * model.layer_stride, *values = keys + model.value_stride;
             for (int64_t item = first_item; item < last_item; item++) {
                 const int64_t r = item / rows.num_kv_heads, h = item % rows.num_kv_heads;
                 for (int64_t n = first_token[r]; n < first_token[r + 1]; n++)
                     rotate_and_store(rows, layer.query_norm, layer.key_norm, model.eps, model.cos + tokens.positions[n] * half,
-                                     model.sin + tokens.positions[n] * half, tokens.slots[n], h, qkv + n * width, layer.keys,
-                                     layer.values);
-                attend_head(rows, how, r, h, first_token[r], qkv, width, rows.head_dim, layer.keys, layer.values, scores.data(),
-                            mixed);
+                                     model.sin + tokens.positions[n] * half, tokens.slots[n], h, qkv + n * width, keys,
+                                     values);
+                attend_head(rows, how, r, h, first_token[r], qkv, width, rows.head_dim, keys, values, scores.data(), mixed);
             }
 #pragma omp barrier
             multiply(*layer.out, mixed, x, x);

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
-from helpers import SHAPE, VOCAB_SIZE, tiny_llama, tiny_qwen3
+from helpers import SHAPE, VOCAB_SIZE, make_engine, make_requests, tiny_llama, tiny_qwen3
 from transformers import MistralConfig, MistralForCausalLM
 
 from atlas_kernels import cpu, native, reference
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.kv_cache import KVCache
 from atlas_rl.engine.policy_view import PolicyView
+from atlas_rl.types import SamplingParams
 
 pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=f"{cpu.unavailable_reason()}")
 
@@ -55,20 +58,51 @@ def test_one_call_is_all_layers(make, rows: str, threads: int):
     assert all(torch.equal(one_tapped[layer], parts_tapped[layer]) for layer in (0, 1))
 
 
-def test_new_weights_are_taken_over():
+def hidden_states(view: PolicyView) -> torch.Tensor:
+    cache = KVCache(view.kv_shape(16), 4, torch.device("cpu"))
+    with torch.inference_mode():
+        return view.hidden_states(ForwardBatch.build(cache, [[5, 6, 7]], [0], [[1]]))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_new_weights_are_taken_over(moved: bool):
+    """Written where they were, or somewhere else."""
     model = tiny_qwen3()
     view = PolicyView(model)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(1.1)
+            if moved:
+                parameter.data = parameter.data * 1.1
+            else:
+                parameter.mul_(1.1)
     assert view.refresh()
-    fresh = PolicyView(model)
-    hidden = []
-    for each in (view, fresh):
-        cache = KVCache(each.kv_shape(16), 4, torch.device("cpu"))
-        with torch.inference_mode():
-            hidden.append(each.hidden_states(ForwardBatch.build(cache, [[5]], [0], [[1]])))
-    assert torch.equal(*hidden)
+    assert torch.equal(hidden_states(view), hidden_states(PolicyView(model)))
+
+
+def test_layers_of_several_shapes_are_called_one_by_one():
+    model = tiny_qwen3()
+    mlp = model.model.layers[1].mlp
+    for name in ("gate_proj", "up_proj"):
+        setattr(mlp, name, torch.nn.Linear(64, 48, bias=False))
+    mlp.down_proj = torch.nn.Linear(48, 64, bias=False)
+    view = PolicyView(model)
+    assert view.fused is not None and view.fused.decoder is None
+    expected = model.model(torch.tensor([[5, 6, 7]])).last_hidden_state[0]
+    torch.testing.assert_close(hidden_states(view), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_kv_memory_is_given_back_after_a_rollout():
+    engine = make_engine(tiny_qwen3())
+    caches = []
+    wake = engine.wake
+
+    def waking(*args):
+        wake(*args)
+        caches.append(weakref.ref(engine.kv_cache.memory_L2NHSD.untyped_storage()))
+
+    engine.wake = waking
+    engine.generate(make_requests(2, 2), SamplingParams())
+    assert caches and caches[0]() is None
 
 
 def test_attention_on_an_older_processor(monkeypatch, tmp_path):
