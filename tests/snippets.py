@@ -66,14 +66,6 @@ ONLY_PARSED = {
 }
 """How commands begin that are read by their own parsers and go no further, and why; so do scripts with a reason in EXAMPLES, and
 `atlas-rl train` with a launcher's flags (tests/distributed/test_launching.py starts some)."""
-COMING = {
-    "atlas-rl report": "atlas_rl/report/cli.py",
-    "atlas-rl bench --config configs/bench_quick.yaml": "configs/bench_quick.yaml",
-    "atlas-rl bench --config configs/bench.yaml --arms hf_generate,atlas_plain,atlas": "configs/bench_quick.yaml",
-    "python -m atlas_rl.bench.whole_run": "atlas_rl/bench/whole_run.py",
-    "make test-release": "tests/smoke_install.py",
-}
-"""How commands begin that the pages may name before this file is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,7 +40,7 @@ class LinesAbove:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        if self.lines is None or os.getpid() != self.process:  # a forked worker has no panel
+        if not self._has_panel:
             return self.stream.write(text)
         with self.lock:
             *whole, partial = (self.partial + text).split("\n")
@@ -53,10 +53,17 @@ class LinesAbove:
 
     def flush(self) -> None:
         """Somebody is to see a line before its end (a prompt?), unless it is a progress bar's."""
+        if not self._has_panel:
+            self.stream.flush()
+            return
         with self.lock:
             if self.partial and not self.partial.startswith("\r"):
                 self._show([self.partial])
                 self.partial = ""
+
+    @property
+    def _has_panel(self) -> bool:
+        return self.lines is not None and os.getpid() == self.process  # a forked worker has none
 
     def _show(self, lines: Iterable[str]) -> None:
         for line in lines:

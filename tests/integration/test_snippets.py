@@ -25,7 +25,6 @@ pytest.importorskip("reasoning_gym")
 import tomllib
 import trl
 from snippets import (
-    COMING,
     DRAFTER_FLAGS,
     EXAMPLES,
     ONLY_PARSED,
@@ -106,8 +105,7 @@ def run_block(block: Block, names: dict, monkeypatch) -> None:
         check_yaml(yaml.safe_load(block.text))
     elif block.language == "bash":
         for command in block.commands():
-            if not is_coming(command):
-                run_command(command, monkeypatch)
+            run_command(command, monkeypatch)
 
 
 def check_yaml(values: dict) -> None:
@@ -115,26 +113,16 @@ def check_yaml(values: dict) -> None:
     Given.of("grpo", values, [])
 
 
-def is_coming(command: list[str]) -> bool:
-    return any(" ".join(command).startswith(name) and not (ROOT / needed).exists() for name, needed in COMING.items())
-
-
-@pytest.mark.parametrize("name", COMING)
-def test_what_the_pages_promise_is_there(name: str):
-    if not (ROOT / COMING[name]).exists():
-        pytest.skip(f"`{name}` needs {COMING[name]}, which does not exist yet")
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_within_sentences_exist(page: Path):
     sentences = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for text in re.findall(r"`([^`]+)`", sentences):
         match text.split():
-            case ["atlas-rl", name, *_] if not is_coming(text.split()):
+            case ["atlas-rl", name, *_]:
                 assert name in {*COMMANDS, "COMMAND", "--help"}, text
             case ["make", target, *_]:
                 assert f"\n{target}:" in (ROOT / "Makefile").read_text(), text
-            case ["python", "-m", module, *_] if module != "…" and not is_coming(text.split()):
+            case ["python", "-m", module, *_] if module != "…":
                 assert importlib.util.find_spec(module), text
             case ["python", path, *_] if path != "-m":
                 assert (ROOT / path).is_file(), text
