@@ -32,8 +32,9 @@ FIRST_WAIT, LONGEST_WAIT = 64, 1536
 """Steps between trials of one arm at batches of one size; doubled each time that it loses."""
 LONGEST_PLAIN_WAIT = 192
 """Plain decoding is the floor: it is never out of sight for long."""
-HOPELESS = 0.85
-"""An arm that promises less than this share of the best one's rate gets no trial, one that also shows less waits longest."""
+PROMISING, HOPELESS = 0.95, 0.85
+"""An arm that promises less than the first share of the best one's rate gets no trial; one that promises less than the best, and
+shows less than the second share, waits longest."""
 RATE_DECAY = 0.9
 DEPTHS = (1, 2, 3, 4, 6, 8)
 """Lookaheads of arms that draft within captured steps: each is captured by itself."""
@@ -126,6 +127,13 @@ class Controller:
         if contest.trial is not None and len(contest.trial.rates) <= len(contest.trial.rates_of_best):
             return contest.trial.arm
         return contest.best
+
+    def is_settled(self, num_rows: int) -> bool:
+        """After `choose`: whether plain decoding is the best at such batches, and no trial is to begin at the next step."""
+        contest = self.contests.get(size_of(num_rows))
+        if contest is None or contest.best != PLAIN or contest.trial is not None:
+            return False
+        return contest.step + 1 < contest.next_trial
 
     def predicted_rate(self, arm: Arm, num_rows: int, num_cached: int = 0) -> float:
         """Tokens per row and second, at the best lookahead."""
@@ -248,7 +256,7 @@ class Controller:
         promises = {arm: self.predicted_rate(arm, num_rows, num_cached) for arm in due}
         arm = max(due, key=promises.__getitem__)
         of_best = self.predicted_rate(contest.best, num_rows, num_cached)
-        if arm != PLAIN and promises[arm] < HOPELESS * of_best:
+        if arm != PLAIN and promises[arm] < PROMISING * of_best:
             contest.waiting[arm].until = contest.step + FIRST_WAIT
             return Trial(PLAIN) if PLAIN in due else None
         return Trial(arm, promises_more=promises[arm] > of_best)

@@ -151,6 +151,11 @@ class Drafter:
         `num_right[i]` tokens were right: places up to and with the row's first + num_right[i] hold what rows have emitted
         (or have ended before)."""
 
+    def rest(self) -> bool:
+        """Steps come that it is not told of, until it is needed again: then it begins without features of the rows. False: it has
+        to be told of every step."""
+        return self.layers is None
+
     def observe(self, rows: Sequence[DraftRow], num_drafted: np.ndarray, num_accepted: np.ndarray) -> None:
         """`output_ids` of each row has grown since the drafter was last told of it; of the `num_drafted[i]` verified draft tokens
         (a prefix of what it proposed, maybe none of it) the first `num_accepted[i]` were right."""

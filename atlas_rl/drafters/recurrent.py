@@ -148,6 +148,10 @@ class RecurrentDrafter(Drafter):
     def verified(self, rows: Sequence[DraftRow], batch: ForwardBatch, num_right: np.ndarray) -> None:
         self.latest = (list(rows), batch, num_right)  # the engine's own list changes as rows come and go
 
+    def rest(self) -> bool:
+        self.forget()
+        return True
+
     def observe(self, rows: Sequence[DraftRow], num_drafted: np.ndarray, num_accepted: np.ndarray) -> None:
         if self.proposed is None or self.proposed[0] != rows:
             return

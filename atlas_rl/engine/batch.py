@@ -47,6 +47,8 @@ class ForwardBatch:
     """[R] the same."""
     hidden_ND: torch.Tensor | None = None
     """What the forward leaves: last hidden states, after the final norm."""
+    is_tapped: bool = True
+    """Whether the forward has to leave what is tapped."""
     tapped: dict[int, torch.Tensor] = field(default_factory=dict)
     """And the outputs [N, D] of the decoder layers that drafters read, by layer (`PolicyView.tap`)."""
     masks: dict[tuple[int | None, torch.dtype, int], torch.Tensor] = field(default_factory=dict)

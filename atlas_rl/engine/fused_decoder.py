@@ -181,9 +181,8 @@ class FusedDecoder:
         x_ND = torch.nn.functional.embedding(batch.input_ids_N, self.embed_tokens.weight)
         if self.decoder is not None and uses_cpu_kernels(batch) and not batch.takes_kernels:
             tokens = (batch.positions_N, batch.slots_N, batch.block_tables_RM, batch.starts_R, batch.query_lens_R)
-            x_ND, batch.tapped = self.decoder(
-                x_ND, *tokens, batch.kv_cache.memory_L2NHSD, rotations, self.tapped_layers
-            )
+            tapped_layers = self.tapped_layers if batch.is_tapped else frozenset()
+            x_ND, batch.tapped = self.decoder(x_ND, *tokens, batch.kv_cache.memory_L2NHSD, rotations, tapped_layers)
             return x_ND
         for index, layer in enumerate(self.layers):
             x_ND = layer(x_ND, batch, index, rotations)

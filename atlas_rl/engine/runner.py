@@ -34,8 +34,14 @@ class ModelRunner:
         self.view.hidden_states(batch)
         return batch
 
-    def verify(self, sequences: list[Sequence], drafts: list[list[int]]) -> tuple[ForwardBatch, torch.Tensor]:
-        """One forward over each row's last token and its draft: the batch, and the hidden states [N, D] after each token."""
+    def verify(
+        self, sequences: list[Sequence], drafts: list[list[int]], tap: bool = True
+    ) -> tuple[ForwardBatch, torch.Tensor]:
+        """One forward over each row's last token and its draft: the batch, and the hidden states [N, D] after each token.
+
+        Args:
+            tap: whether anybody reads what layers leave.
+        """
         num_rows = len(sequences)
         self.rows.follow(sequences)
         flat_ids = np.fromiter((seq.last_token for seq in sequences), np.int64, num_rows)
@@ -46,4 +52,5 @@ class ModelRunner:
             flat_ids = np.fromiter(chain.from_iterable(tokens), np.int64, int(query_lens.sum()))
         start_R = np.fromiter((seq.num_computed for seq in sequences), np.int64, num_rows)
         batch = ForwardBatch.of_arrays(self.kv_cache, flat_ids, query_lens, start_R, self.rows.block_tables)
+        batch.is_tapped = tap
         return batch, self.view.hidden_states(batch)

@@ -33,9 +33,11 @@ class RunningRows:
             self.seeds = np.fromiter((seq.request.seed for seq in sequences), np.int64, num_rows)
             self.prompt_lens = np.fromiter((len(seq.prompt_ids) for seq in sequences), np.int64, num_rows)
             self.block_tables = np.zeros((num_rows, 0), np.int64)
-        longest = max(map(len, tables))
-        if longest > self.block_tables.shape[1]:
-            self.block_tables = np.pad(self.block_tables, ((0, 0), (0, longest + 4 - self.block_tables.shape[1])))
+        longest, width = max(map(len, tables)), self.block_tables.shape[1]
+        if longest > width:
+            wider = np.zeros((len(sequences), longest + 4), np.int64)
+            wider[:, :width] = self.block_tables
+            self.block_tables = wider
         for row, (table, done) in enumerate(zip(tables, self.num_blocks)):
             if len(table) != done:
                 self.block_tables[row, done : len(table)] = table[done:]

@@ -51,6 +51,9 @@ class Speculator:
         """Of the rows of the last step, in all."""
         self.uncounted: list[tuple[Arm, np.ndarray, np.ndarray, np.ndarray]] = []
         """Arm, sources, drafted and accepted tokens by row of the latest steps."""
+        self.is_resting = False
+        """Whether steps are plain, the next one too, and drafters are not told of them: that costs as much as a tenth of a small
+        policy's step."""
         self.behind: set[str] = set()
         """Drafters that have not been told of all that rows have emitted, because they are not asked."""
         self.listener: Listener | None = None
@@ -83,6 +86,7 @@ class Speculator:
     # ---- the life of a rollout -------------------------------------------------------------------------------------------
 
     def wake(self, sampling: SamplingParams, num_blocks: int, block_size: int) -> None:
+        self.is_resting = False
         self.behind.clear()
         for drafter in self.active:
             self._call(drafter, "wake", sampling, num_blocks, block_size)
@@ -116,7 +120,7 @@ class Speculator:
             return
         for drafter in self.active:
             self._call(drafter, "admit", sequences)
-        for drafter in self.readers:
+        for drafter in () if self.is_resting else self.readers:
             self._call(drafter, "started", sequences, batch, places)
 
     def release(self, sequences: list[Sequence], finished: bool) -> None:
@@ -158,6 +162,13 @@ class Speculator:
                 arm = PLAIN  # a row's last token needs no draft after it
         self.plan.arm = self.plan.asked = arm
         stats.arms[arm_name(arm)] += 1
+        self._keep_rest(arm == PLAIN and self.listener is None and self.controller.is_settled(len(sequences)))
+
+    def _keep_rest(self, may_rest: bool) -> None:
+        if may_rest and not self.is_resting:
+            may_rest = all(self._call(drafter, "rest") for drafter in self.readers)
+            self.behind.update(self.drafters)
+        self.is_resting = may_rest
 
     @property
     def wants_hidden(self) -> bool:
@@ -204,6 +215,9 @@ class Speculator:
     ) -> None:
         """Report a step to the drafters and count its drafts."""
         if not self.drafters:
+            return
+        if self.is_resting:
+            self.num_cached = batch.num_cached
             return
         start = time.perf_counter()
         for drafter in self.readers:
