@@ -58,7 +58,8 @@ def test_a_failure_leaves_the_panel_and_a_readable_traceback(folder):
     terminal = Terminal(command("--reward_funcs", "talking.failing"), folder, environment(), columns=60)
     assert terminal.end() == 1
     screen = terminal.screen
-    assert sum(line.startswith("│ step 1 of 3") for line in screen) == 1, "once, as it was last"
+    once = sum(line.startswith("│ step 1 of 3") for line in screen) == 1
+    assert once, "as it was last:\n" + "\n".join(screen)
     assert "RuntimeError: this reward is broken" in screen[-2]
     assert not terminal.hides_cursor
 
