@@ -1,8 +1,10 @@
 """Ways of making the same rollouts. An arm takes a policy once and then runs workloads; it returns completion lengths.
 
-What is the same for all: the policy's weights in float32, prompts, forced lengths, sampling from the full distribution at
-temperature 1, threads. No arm finds a cache of keys and values that an earlier repeat left. The engine's arms take the weights
-over anew at every repeat, as after a policy update, and pay for drafting, retraining and calibration.
+What is the same for all: the policy's weights in float32, prompts, lengths, sampling from the full distribution at temperature 1,
+threads. Lengths are forced. Where they are the policy's own, the engine's arms end where its recorded completions did, by their
+seeds; a peer that speculates would draw others and have to guess what a policy writes after its EOS: it samples to its own ends.
+No arm finds a cache of keys and values that an earlier repeat left. The engine's arms take the weights over anew at every repeat,
+as after a policy update, and pay for drafting, retraining and calibration.
 """
 
 from __future__ import annotations
@@ -45,6 +47,10 @@ class Arm:
 
     def cannot(self, workload: Workload) -> str | None:
         """Why it cannot make this workload, though it makes others."""
+
+    def ends_by_itself(self, batch: Batch) -> bool:
+        """Whether its completions end where its own samples of the policy do, and not at the batch's lengths."""
+        return False
 
     def start(self, workload: Workload, repeat: int) -> None:
         """Untimed: be ready for a repeat, knowing no more of its completions than a trainer's generator would. The policy has the
@@ -132,7 +138,11 @@ class HFPromptLookup(HFGenerate):
 
     def cannot(self, workload: Workload) -> str | None:
         alone = len(workload.batch(0).lens) == 1
-        return None if alone else "transformers' prompt lookup takes one sequence at a time"
+        if not alone:
+            return "transformers' prompt lookup takes one sequence at a time"
+        return (
+            None if workload.batch(0).own is None else "transformers' prompt lookup is measured at given lengths only"
+        )
 
     def run(self, batch: Batch) -> list[int]:
         self.num_forwards = 0

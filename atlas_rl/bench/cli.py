@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from atlas_rl.bench import ARM_NAMES, FAILED, is_arm, is_engine
@@ -168,10 +168,19 @@ def overview(results: list[dict[str, Any]]) -> Any:
 
 
 def remarks(result: dict[str, Any]) -> Iterator[str]:
-    """What stands below a table: skipped arms, what the time went into, the machine's limits, what was expected."""
+    """What stands below a table: arms that made other completions or were skipped, what the time went into, the machine's limits,
+    what was expected."""
+    from atlas_rl.bench.vllm_arm import PRELOADED, TCMALLOC
+
     for name, row in result["arms"].items():
+        if row.get("tokens_of_the_others"):
+            own, others = fmean(row["tokens"]), fmean(row["tokens_of_the_others"])
+            yield f"{name}: own samples of the same policy, {own:,.0f} tokens per repeat against {others:,.0f}"
         if row["skipped"]:
             yield f"{name}: {'' if row['skipped'].startswith(FAILED) else 'skipped, '}{row['skipped']}"
+    preloaded = result["versions"].get(PRELOADED)
+    if preloaded is not None and TCMALLOC not in preloaded:
+        yield "vllm: without TCMalloc, which it asks for on CPU: apt-get install libtcmalloc-minimal4, then measure again"
     limits = result["limits"]
     if limits:
         yield (

