@@ -17,6 +17,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation import ContinuousBatchingConfig
@@ -218,8 +219,20 @@ class Forward(NamedTuple):
     """What a forward of the policy has to multiply and to read."""
 
     num_tokens: int
-    num_in_cache: int
-    """Tokens of all its rows whose keys and values it reads."""
+    num_logits: int
+    """Of its tokens, those that the head has been asked about."""
+    block_tables_RM: torch.Tensor
+    ends_R: torch.Tensor
+    """Where each row's keys and values are, and how many tokens' they are."""
+
+    def num_read(self, block_size: int) -> int:
+        """Tokens whose keys and values it reads, blocks that rows share once."""
+        starts_M = torch.arange(self.block_tables_RM.shape[1]) * block_size
+        filled_RM = (self.ends_R[:, None] - starts_M).clamp(0, block_size).numpy()
+        blocks, places = np.unique(self.block_tables_RM.numpy(), return_inverse=True)
+        filled = np.zeros(len(blocks), np.int64)
+        np.maximum.at(filled, places.reshape(-1), filled_RM.reshape(-1))
+        return int(filled.sum())
 
 
 class AtlasArm(Arm):
@@ -270,13 +283,22 @@ class AtlasArm(Arm):
         return figures | {"parts": parts}
 
     def _count_forwards(self) -> None:
-        forward = self.view.hidden_states
+        forward, logits = self.view.hidden_states, self.view.logits
 
         def counted(batch: ForwardBatch) -> torch.Tensor:
-            self.forwards.append(Forward(batch.num_tokens, batch.num_cached + batch.num_tokens))
-            return forward(batch)
+            # copied: the engine goes on with its tables
+            tables, ends = batch.block_tables_RM.clone(), batch.starts_R + batch.query_lens_R
+            self.forwards.append(Forward(batch.num_tokens, 0, tables, ends))
+            self.hidden_ND = forward(batch)
+            return self.hidden_ND
 
-        self.view.hidden_states = counted
+        def counted_logits(hidden_ND: torch.Tensor) -> torch.Tensor:
+            if self.forwards and _is_part(hidden_ND, self.hidden_ND):  # drafters ask about states of their own
+                last = self.forwards[-1]
+                self.forwards[-1] = last._replace(num_logits=last.num_logits + len(hidden_ND))
+            return logits(hidden_ND)
+
+        self.view.hidden_states, self.view.logits = counted, counted_logits
 
     def _forget(self) -> None:
         drafters = build_drafters(self.config, self.view)
@@ -289,6 +311,10 @@ class AtlasArm(Arm):
             benched = self.engine.controller.benched
             self.engine.controller.__dict__.update(before.controller.__dict__)
             self.engine.controller.step_cost, self.engine.controller.benched = self.engine.step_cost, benched
+
+
+def _is_part(part: torch.Tensor, whole: torch.Tensor) -> bool:
+    return part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 
 class AtlasPlain(AtlasArm):

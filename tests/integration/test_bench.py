@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -15,6 +16,7 @@ from helpers import SHAPE, tiny_llama
 
 from atlas_rl.bench import ARM_NAMES
 from atlas_rl.bench.arms import AtlasArm, AtlasPlain
+from atlas_rl.bench.moving import recording
 from atlas_rl.bench.record_lengths import natural_lens
 from atlas_rl.bench.runner import ARMS, Measurement
 from atlas_rl.bench.vllm_arm import PRELOADED, VLLM, VLLMNgram, VLLMSuffix, environment, last_words
@@ -31,6 +33,7 @@ from atlas_rl.bench.workload import (
 from atlas_rl.cli import main
 from atlas_rl.config import read_yaml
 from atlas_rl.drafters.suffix import SuffixDrafter
+from atlas_rl.tasks import policy_path
 
 MODEL = SHAPE | {"model_type": "llama", "eos_token_id": 1}
 EQUAL = {"name": "equal", "num_prompts": 2, "num_samples": 2, "prompt_tokens": 5, "new_tokens": 9}
@@ -158,6 +161,7 @@ def test_all_arms_and_the_json(tmp_path, capsys):
         assert result["arms"]["atlas_plain"]["tokens_per_decode_step"] == 1
         assert {"torch", "transformers"} <= set(result["versions"])
     printed = capsys.readouterr().out
+    assert "machine: " in printed and "GOMP_SPINCOUNT" in printed
     assert "atlas_plain" in printed and "vllm: skipped" in printed and "undecided" in printed
     assert "its forwards take at least" in printed and "speed over hf_generate" in printed
 
@@ -278,6 +282,21 @@ def test_peers_that_speculate_end_their_own_samples_where_lengths_are_the_policy
     assert printed.count("vllm_ngram: own samples of the same policy, 28 tokens per repeat against") == 1
 
 
+def test_forwards_read_shared_prompts_once_and_prefill_asks_no_head():
+    config = BenchConfig.from_dict(CONFIG | {"workloads": [EQUAL | {"num_samples": 3, "prompt_tokens": 40}]})
+    workload = build_workload(config.workloads[0], config, load_policy(MODEL))
+    arm = AtlasPlain(load_policy(MODEL))
+    arm.start(workload, 1)
+    arm.timed(workload.batch(1))
+    block_size = arm.config.engine.block_size
+    prefill, *steps = arm.forwards
+    assert prefill.num_tokens == prefill.num_read(block_size) == 2 * 39 and prefill.num_logits == 0
+    assert [step.num_logits for step in steps] == [step.num_tokens for step in steps] == [6] * 9
+    shared = 39 // block_size * block_size
+    own = [40 + i - shared for i in range(9)]
+    assert [step.num_read(block_size) for step in steps] == [2 * shared + 6 * num for num in own]
+
+
 def test_prompt_lookup_makes_one_sequence(tmp_path):
     alone = EQUAL | {"num_prompts": 1, "num_samples": 1}
     (result,) = bench(tmp_path, CONFIG | {"workloads": [alone]}, "--arms", "hf_generate,hf_prompt_lookup")
@@ -334,6 +353,26 @@ def test_a_moving_policys_run_is_made_whole_with_each_steps_weights(tmp_path, re
         arm.engine.weights_changed = True
         made_tokens.append([r.token_ids for r in arm.engine.generate(last.requests(), SAMPLING)])
     assert made_tokens[0] != made_tokens[1], "the arm does not see the policy move"
+
+
+def test_the_last_two_recordings_are_kept_and_another_versions_is_not_taken(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("atlas_rl.bench.moving.FOLDER", tmp_path)
+    monkeypatch.setattr("atlas_rl.bench.moving.record_run", lambda *_, seed, **__: made.append(seed) or {"seed": seed})
+    monkeypatch.setattr("atlas_rl.tasks.reasoning_gym_reward", None, raising=False)
+
+    def seeds() -> set[int]:
+        return {torch.load(path)["seed"] for path in tmp_path.iterdir()}
+
+    config = BenchConfig.from_dict({"workloads": [MOVING]}).workloads[0]
+    for i, seed in enumerate((1, 2, 2, 3)):
+        recording(replace(config, training={"seed": seed}), policy_path(), lambda _: None)
+        newest = max(tmp_path.iterdir(), key=lambda path: path.stat().st_ctime_ns)
+        os.utime(newest, (i, i))
+    assert made == [1, 2, 3] and seeds() == {2, 3}
+    monkeypatch.setattr("atlas_rl.bench.moving.__version__", "another")
+    recording(replace(config, training={"seed": 3}), policy_path(), lambda _: None)
+    assert made == [1, 2, 3, 3]
 
 
 def test_drafters_live_through_a_moving_policys_run(moving_reward):
@@ -395,6 +434,24 @@ def test_an_interrupted_bench_keeps_what_was_measured(tmp_path, monkeypatch):
     assert len(first["arms"]["atlas_plain"]["seconds"]) == 2 and not first["interrupted"]
     assert second["interrupted"] and len(second["arms"]["hf_generate"]["seconds"]) == 1
     assert list(tmp_path.glob("bench.json*")) == [out]
+
+
+def test_a_full_disk_costs_the_file_and_not_the_bench(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "bench.json"
+    replaced = Path.replace
+
+    def full(path, target):
+        if target == str(out):
+            raise OSError("No space left on device")
+        return replaced(path, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    config = write(tmp_path / "bench.yaml", CONFIG)
+    assert main(["bench", "--config", config, "--json", str(out), "--arms", "hf_generate,atlas_plain"]) == 0
+    printed = capsys.readouterr()
+    assert "speed over hf_generate" in printed.out and "figures:" not in printed.out
+    assert "bench.json could not be written: No space" in " ".join((printed.out + printed.err).split())
+    assert list(tmp_path.glob("bench.json*")) == [out] and out.read_text() == ""
 
 
 def test_workloads_and_their_arms_are_chosen(tmp_path):
