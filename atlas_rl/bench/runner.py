@@ -209,8 +209,8 @@ class Measurement:
         assert fits, f"{name} made other lengths than it was told to"
         if not repeat:
             return
+        self.tokens[name].append(sum(lens))  # first: Ctrl-C may fall between
         self.seconds[name].append(seconds)
-        self.tokens[name].append(sum(lens))
         self.figures[name].append(arm.figures())
         if self.limits is not None and name in BOUNDED:
             self.limits.note(name, arm)
@@ -231,7 +231,7 @@ class Measurement:
 
     def _speeds(self, name: str) -> list[float]:
         """Tokens per second."""
-        return [tokens / seconds for tokens, seconds in zip(self.tokens[name], self.seconds[name], strict=True)]
+        return [tokens / seconds for tokens, seconds in zip(self.tokens[name], self.seconds[name])]
 
     def to_dict(self) -> dict[str, Any]:
         measured = [name for name in self.arms if self.seconds[name]]
