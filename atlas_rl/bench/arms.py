@@ -1,8 +1,10 @@
 """Ways of making the same rollouts. An arm takes a policy once and then runs workloads; it returns completion lengths.
 
-What is the same for all: the policy's weights in float32, prompts, forced lengths, sampling from the full distribution at
-temperature 1, threads. No arm finds a cache of keys and values that an earlier repeat left. The engine's arms take the weights
-over anew at every repeat, as after a policy update, and pay for drafting, retraining and calibration.
+What is the same for all: the policy's weights in float32, prompts, lengths, sampling from the full distribution at temperature 1,
+threads. Lengths are forced. Where they are the policy's own, the engine's arms end where its recorded completions did, by their
+seeds; a peer that speculates would draw others and have to guess what a policy writes after its EOS: it samples to its own ends.
+No arm finds a cache of keys and values that an earlier repeat left. The engine's arms take the weights over anew at every repeat,
+as after a policy update, and pay for drafting, retraining and calibration.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation import ContinuousBatchingConfig
@@ -45,6 +48,10 @@ class Arm:
 
     def cannot(self, workload: Workload) -> str | None:
         """Why it cannot make this workload, though it makes others."""
+
+    def ends_by_itself(self, batch: Batch) -> bool:
+        """Whether its completions end where its own samples of the policy do, and not at the batch's lengths."""
+        return False
 
     def start(self, workload: Workload, repeat: int) -> None:
         """Untimed: be ready for a repeat, knowing no more of its completions than a trainer's generator would. The policy has the
@@ -132,7 +139,11 @@ class HFPromptLookup(HFGenerate):
 
     def cannot(self, workload: Workload) -> str | None:
         alone = len(workload.batch(0).lens) == 1
-        return None if alone else "transformers' prompt lookup takes one sequence at a time"
+        if not alone:
+            return "transformers' prompt lookup takes one sequence at a time"
+        return (
+            None if workload.batch(0).own is None else "transformers' prompt lookup is measured at given lengths only"
+        )
 
     def run(self, batch: Batch) -> list[int]:
         self.num_forwards = 0
@@ -208,8 +219,20 @@ class Forward(NamedTuple):
     """What a forward of the policy has to multiply and to read."""
 
     num_tokens: int
-    num_in_cache: int
-    """Tokens of all its rows whose keys and values it reads."""
+    num_logits: int
+    """Of its tokens, those that the head has been asked about."""
+    block_tables_RM: torch.Tensor
+    ends_R: torch.Tensor
+    """Where each row's keys and values are, and how many tokens' they are."""
+
+    def num_read(self, block_size: int) -> int:
+        """Tokens whose keys and values it reads, blocks that rows share once."""
+        starts_M = torch.arange(self.block_tables_RM.shape[1]) * block_size
+        filled_RM = (self.ends_R[:, None] - starts_M).clamp(0, block_size).numpy()
+        blocks, places = np.unique(self.block_tables_RM.numpy(), return_inverse=True)
+        filled = np.zeros(len(blocks), np.int64)
+        np.maximum.at(filled, places.reshape(-1), filled_RM.reshape(-1))
+        return int(filled.sum())
 
 
 class AtlasArm(Arm):
@@ -260,13 +283,22 @@ class AtlasArm(Arm):
         return figures | {"parts": parts}
 
     def _count_forwards(self) -> None:
-        forward = self.view.hidden_states
+        forward, logits = self.view.hidden_states, self.view.logits
 
         def counted(batch: ForwardBatch) -> torch.Tensor:
-            self.forwards.append(Forward(batch.num_tokens, batch.num_cached + batch.num_tokens))
-            return forward(batch)
+            # copied: the engine goes on with its tables
+            tables, ends = batch.block_tables_RM.clone(), batch.starts_R + batch.query_lens_R
+            self.forwards.append(Forward(batch.num_tokens, 0, tables, ends))
+            self.hidden_ND = forward(batch)
+            return self.hidden_ND
 
-        self.view.hidden_states = counted
+        def counted_logits(hidden_ND: torch.Tensor) -> torch.Tensor:
+            if self.forwards and _is_part(hidden_ND, self.hidden_ND):  # drafters ask about states of their own
+                last = self.forwards[-1]
+                self.forwards[-1] = last._replace(num_logits=last.num_logits + len(hidden_ND))
+            return logits(hidden_ND)
+
+        self.view.hidden_states, self.view.logits = counted, counted_logits
 
     def _forget(self) -> None:
         drafters = build_drafters(self.config, self.view)
@@ -279,6 +311,10 @@ class AtlasArm(Arm):
             benched = self.engine.controller.benched
             self.engine.controller.__dict__.update(before.controller.__dict__)
             self.engine.controller.step_cost, self.engine.controller.benched = self.engine.step_cost, benched
+
+
+def _is_part(part: torch.Tensor, whole: torch.Tensor) -> bool:
+    return part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 
 class AtlasPlain(AtlasArm):

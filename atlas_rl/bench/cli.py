@@ -21,11 +21,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from atlas_rl.bench import ARM_NAMES, FAILED, is_arm, is_engine
@@ -62,17 +63,20 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
 
     def keep(results: list[dict[str, Any]]) -> None:
-        write(results, args.json)
+        if len(results) == 1:
+            console.print(machine_line(results[-1]["machine"]), highlight=False)
         console.print(table(results[-1]))
         for line in remarks(results[-1]):
             console.print(line, highlight=False, markup=False)
         console.print()
+        if args.json is not None:
+            write(results, args.json)
 
     with progress(console, config.max_seconds) as report:
         results = run_bench(config, arm_names, report, keep)
     if len(results) > 1:
         console.print(overview(results))
-    if args.json is not None:
+    if args.json is not None and write(results, args.json):
         console.print(f"figures: {args.json}")
     if results[-1]["interrupted"]:
         console.print("interrupted: this is what was measured until then")
@@ -87,27 +91,33 @@ def all_arms(results: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any
 
 @contextmanager
 def progress(console: Any, max_seconds: float) -> Iterator[Callable[[str, float], None]]:
-    """A line that says what is being done, and how much time is left at most."""
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    """A line that says what is being done, and how much time is left at most. Drawn between runs only: a thread that draws would
+    disturb the measurement."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TimeElapsedColumn(), BarColumn(20), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as bar:
+    columns = (TimeElapsedColumn(), BarColumn(20), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
         task = bar.add_task("starting", total=max_seconds)
 
         def report(what: str, spent: float) -> None:
             left = f"{max(0.0, max_seconds - spent) / 60:.0f} min left at most, " if spent else ""
-            bar.update(task, completed=spent, description=left + what)
+            bar.update(task, completed=spent, description=left + what, refresh=True)
 
         yield report
 
 
-def write(results: list[dict[str, Any]], path: str | None) -> None:
-    """All or nothing: a bench that is killed leaves what it had written before."""
-    if path is None:
-        return
+def write(figures: Any, path: str) -> bool:
+    """All or nothing: a bench that is killed leaves what it had written before, and a full disk costs a line, not the bench."""
     unfinished = Path(f"{path}.{os.getpid()}")
-    unfinished.write_text(json.dumps(results, indent=1) + "\n")
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(json.dumps(figures, indent=1) + "\n")
+        unfinished.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink()
+        print(f"{path} could not be written: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def check_writable(path: Path) -> None:
@@ -117,6 +127,12 @@ def check_writable(path: Path) -> None:
         path.touch()
     except OSError as error:
         raise ValueError(f"--json {path} cannot be written: {error}") from None
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    spincount = machine["gomp_spincount"] or "libgomp's default"
+    where = machine["gpu"] or f"{machine['processor']} {machine['capability']}, {machine['cores']} cores"
+    return f"machine: {where}, {machine['threads']} threads, GOMP_SPINCOUNT {spincount}"
 
 
 def table(result: dict[str, Any]) -> Any:
@@ -168,10 +184,19 @@ def overview(results: list[dict[str, Any]]) -> Any:
 
 
 def remarks(result: dict[str, Any]) -> Iterator[str]:
-    """What stands below a table: skipped arms, what the time went into, the machine's limits, what was expected."""
+    """What stands below a table: arms that made other completions or were skipped, what the time went into, the machine's limits,
+    what was expected."""
+    from atlas_rl.bench.vllm_arm import PRELOADED, TCMALLOC
+
     for name, row in result["arms"].items():
+        if row.get("tokens_of_the_others"):
+            own, others = fmean(row["tokens"]), fmean(row["tokens_of_the_others"])
+            yield f"{name}: own samples of the same policy, {own:,.0f} tokens per repeat against {others:,.0f}"
         if row["skipped"]:
             yield f"{name}: {'' if row['skipped'].startswith(FAILED) else 'skipped, '}{row['skipped']}"
+    preloaded = result["versions"].get(PRELOADED)
+    if preloaded is not None and TCMALLOC not in preloaded:
+        yield "vllm: without TCMalloc, which it asks for on CPU: apt-get install libtcmalloc-minimal4, then measure again"
     limits = result["limits"]
     if limits:
         yield (

@@ -2,12 +2,14 @@
 
 Of a plain decode step, where all rows end together:
 linears       the products of one forward, as the engine computes them, by themselves
-memory        reading as many bytes as the step has to (weights once, keys and values once), from memory of that size
+memory        reading as many bytes as the step has to (weights once, keys and values once, those of a shared prompt too), from
+              memory of that size
 arithmetic    the products' multiply-adds at the highest rate that is seen: of one large product, oneDNN's (`torch.matmul` reaches
               less than half of it on AMD processors) or the engine's own, or of the step's linears
 
 And of a whole rollout of an arm, drafts and draining batch included: the sum over its forwards of memory or arithmetic, whichever
-takes longer. Attention's own arithmetic, drafting and sampling are left out, so that it is a bound from below.
+takes longer, with the head where logits were asked for. Attention's own arithmetic, drafting and sampling are left out, so that
+it is a bound from below.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from atlas_rl.bench.arms import AtlasArm, AtlasPlain
+from atlas_rl.bench.arms import AtlasArm, AtlasPlain, Forward
 from atlas_rl.bench.judging import summarize
 from atlas_rl.bench.workload import Workload
 from atlas_rl.engine.linears import PackedLinear
@@ -42,7 +44,8 @@ class Limits:
         self.inputs = [torch.randn(len(batch.lens), linear.in_features) for linear in self.linears]
         self.num_weights = sum(linear.num_weights for linear in self.linears)
         self.bytes_per_token = arm.bytes_per_token()
-        num_cached = sum(len(p) + n / 2 for p, n in zip(batch.prompts, batch.lens, strict=True))  # halfway through
+        self.num_head_weights = sum(linear.num_weights for linear in self.linears if linear is arm.view.head)
+        num_cached = sum(map(len, set(batch.prompts))) + batch.num_tokens / 2  # halfway through
         self.buffer = torch.ones(self.num_weights + int(num_cached * self.bytes_per_token) // 4)
         self.multiplications = self.num_weights * len(batch.lens)
         self.large = torch.randn(LARGE, LARGE)
@@ -70,11 +73,15 @@ class Limits:
 
     def note(self, name: str, arm: AtlasArm) -> None:
         """What an arm's last run has cost, and what it has computed."""
-        work = [
-            (4 * self.num_weights + forward.num_in_cache * self.bytes_per_token, forward.num_tokens * self.num_weights)
-            for forward in arm.forwards
-        ]
+        work = [self._work(forward, arm.engine.config.engine.block_size) for forward in arm.forwards]
         self.rollouts.setdefault(name, []).append((arm.engine.stats.seconds["total"], work))
+
+    def _work(self, forward: Forward, block_size: int) -> tuple[float, float]:
+        """Bytes and multiplications."""
+        num_inner = self.num_weights - self.num_head_weights
+        num_weights = self.num_weights if forward.num_logits else num_inner
+        num_bytes = 4 * num_weights + forward.num_read(block_size) * self.bytes_per_token
+        return num_bytes, forward.num_tokens * num_inner + forward.num_logits * self.num_head_weights
 
     def to_dict(self) -> dict[str, Any] | None:
         """Of a plain decode step; None where rows do not end together, or nothing has been measured."""

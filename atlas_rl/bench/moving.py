@@ -1,7 +1,7 @@
 """The workload whose policy moves: a GRPO run on the shipped tasks, recorded once and then repeated step by step by every arm.
 
 A repeat is a step: its prompts and lengths, with the weights that made them. Drafters live on through the run and are retrained
-in it, which is counted. Recordings are kept, so that a second bench repeats the same run.
+in it, which is counted. The last recordings are kept, so that a second bench repeats the same run.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from atlas_rl import __version__
 from atlas_rl.bench.recorded_run import RecordedRun, record_run
 from atlas_rl.bench.workload import Batch, WorkloadConfig
 
 FOLDER = Path("~/.cache/atlas_rl/recorded-runs")
-FORMAT = 1
-"""Of a recording; another number makes older ones unknown."""
+KEPT = 2
+"""Recordings: each holds the policy once per step."""
 
 
 def moving_batches(config: WorkloadConfig, policy_folder: str, report: Callable[[str], None]) -> list[Batch]:
@@ -34,6 +35,7 @@ def moving_batches(config: WorkloadConfig, policy_folder: str, report: Callable[
             prompts=[request.prompt_ids for request in step.requests],
             seeds=[request.seed for request in step.requests],
             lens=[len(completion) for completion in step.completions],
+            own=run.sampling,
             weights=step.weights,
             training_seconds=seconds,
         )
@@ -60,12 +62,14 @@ def recording(config: WorkloadConfig, policy_folder: str, report: Callable[[str]
     unfinished = path.with_suffix(f".{os.getpid()}")
     torch.save(run, unfinished)
     unfinished.replace(path)
+    for older in sorted(path.parent.glob("*.pt"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
+        older.unlink()
     return run
 
 
 def _key(options: dict[str, Any], policy_folder: str) -> str:
     """Of all that the recording depends on; the time that training takes is part of it."""
-    words = [FORMAT, torch.get_num_threads(), options]
+    words = [__version__, torch.get_num_threads(), options]
     key = hashlib.sha256(json.dumps(words, sort_keys=True).encode())
     for path in sorted(Path(policy_folder).rglob("*.safetensors")):
         key.update(path.read_bytes())

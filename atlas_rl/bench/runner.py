@@ -135,6 +135,8 @@ class Measurement:
         self.skipped = {name: arm.skipped or arm.cannot(workload) for name, arm in self.arms.items()}
         self.seconds: dict[str, list[float]] = {name: [] for name in self.arms}
         """Of the counted rounds. An arm whose ratios are all decided rests, so these lists may differ in length."""
+        self.tokens: dict[str, list[int]] = {name: [] for name in self.arms}
+        """Made in these seconds."""
         self.figures: dict[str, list[dict[str, Any]]] = {name: [] for name in self.arms}
         self.limits = Limits.of({name: self.arms[name] for name in self.running}, workload)
         self.interrupted = False
@@ -200,9 +202,14 @@ class Measurement:
         arm, batch = self.arms[name], self.workload.batch(repeat)
         arm.start(self.workload, repeat)
         seconds, lens = arm.timed(batch)
-        assert lens == batch.lens, f"{name} made other lengths than it was told to"
+        if arm.ends_by_itself(batch):
+            fits = len(lens) == len(batch.lens) and min(lens) > 0 and max(lens) <= batch.own.max_new_tokens
+        else:
+            fits = lens == batch.lens
+        assert fits, f"{name} made other lengths than it was told to"
         if not repeat:
             return
+        self.tokens[name].append(sum(lens))  # first: Ctrl-C may fall between
         self.seconds[name].append(seconds)
         self.figures[name].append(arm.figures())
         if self.limits is not None and name in BOUNDED:
@@ -218,9 +225,13 @@ class Measurement:
         return [pair for pair in dict.fromkeys(pairs) if set(pair) <= set(self.running)]
 
     def _ratio(self, a: str, b: str) -> dict[str, Any]:
-        """Speed of arm a over arm b, from the rounds in which both took part: no arm comes back once it rests."""
+        """Tokens per second of arm a over arm b's, from the rounds in which both took part: no arm comes back once it rests."""
         max_half_width = MAX_HALF_WIDTH if is_engine(a) and is_engine(b) else PEER_HALF_WIDTH
-        return summarize([sb / sa for sa, sb in zip(self.seconds[a], self.seconds[b])], max_half_width)
+        return summarize([sa / sb for sa, sb in zip(self._speeds(a), self._speeds(b))], max_half_width)
+
+    def _speeds(self, name: str) -> list[float]:
+        """Tokens per second."""
+        return [tokens / seconds for tokens, seconds in zip(self.tokens[name], self.seconds[name])]
 
     def to_dict(self) -> dict[str, Any]:
         measured = [name for name in self.arms if self.seconds[name]]
@@ -242,8 +253,15 @@ class Measurement:
 
     def _arm_fields(self, name: str) -> dict[str, Any]:
         seconds, figures = self.seconds[name], self.figures[name]
-        speeds = [self.workload.batch(repeat).num_tokens / s for repeat, s in enumerate(seconds, start=1)]
-        fields: dict[str, Any] = {"tokens_per_s": speeds, "seconds": seconds, "skipped": self.skipped[name]}
+        fields: dict[str, Any] = {
+            "tokens_per_s": self._speeds(name),
+            "seconds": seconds,
+            "tokens": self.tokens[name],
+            "skipped": self.skipped[name],
+        }
+        batches = [self.workload.batch(repeat) for repeat in range(1, len(seconds) + 1)]
+        if any(map(self.arms[name].ends_by_itself, batches)):
+            fields["tokens_of_the_others"] = [batch.num_tokens for batch in batches]
         if figures and "tokens_per_decode_step" in figures[0]:
             fields["tokens_per_decode_step"] = fmean(row["tokens_per_decode_step"] for row in figures)
             fields["peak_bytes"] = max(row["peak_bytes"] for row in figures)

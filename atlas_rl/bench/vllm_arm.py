@@ -9,6 +9,7 @@ import signal
 import subprocess
 import tempfile
 from contextlib import suppress
+from ctypes.util import find_library
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,9 @@ from atlas_rl.bench.make_vllm_venv import COMMAND, venv_dir
 from atlas_rl.bench.workload import Batch, Workload
 
 WORKER = Path(__file__).parent / "vllm_worker.py"
+PRELOADED = "vLLM preloads"
+"""Among the versions: the libraries that it begins with."""
+TCMALLOC = "tcmalloc_minimal"
 MAX_NUM_SEQS = 256
 """vLLM's own default, and the engine's."""
 MAX_MODEL_LEN = 4096
@@ -63,8 +67,14 @@ class VLLM(Arm):
             for batch in workload.warm_batches:
                 self.timed(batch)
 
+    def ends_by_itself(self, batch: Batch) -> bool:
+        return self.speculation is not None and batch.own is not None
+
     def timed(self, batch: Batch) -> tuple[float, list[int]]:
-        self.answer = self._ask({"run": batch.prompts, "lens": batch.lens})
+        task = {"run": batch.prompts, "lens": batch.lens, "eos": []}
+        if self.ends_by_itself(batch):
+            task |= {"lens": [batch.own.max_new_tokens] * len(batch.lens), "eos": batch.own.eos_token_ids}
+        self.answer = self._ask(task)
         return self.answer["seconds"], self.answer["lens"]
 
     def figures(self) -> dict[str, Any]:
@@ -86,18 +96,20 @@ class VLLM(Arm):
         self.weights_folder = folder / "weights"
         self.policy.save_pretrained(folder / "policy")
         self.log = folder / "log"
+        env = environment()
         self.process = subprocess.Popen(
             [str(venv_dir() / "bin" / "python"), "-I", str(WORKER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log.open("w"),
             text=True,
-            env=environment(),
+            env=env,
             start_new_session=True,  # a process group to stop and to end as one
         )
         max_len = min(MAX_MODEL_LEN, self.policy.config.max_position_embeddings)
         task = {"load": str(folder / "policy"), "max_num_seqs": MAX_NUM_SEQS, "max_model_len": max_len}
-        self.versions = self._ask(task | {"speculation": self.speculation})["versions"]
+        versions = self._ask(task | {"speculation": self.speculation})["versions"]
+        self.versions = versions | {PRELOADED: " ".join(Path(name).name for name in env["LD_PRELOAD"].split(":"))}
 
     def _ask(self, task: dict[str, Any]) -> dict[str, Any]:
         os.killpg(self.process.pid, signal.SIGCONT)
@@ -136,7 +148,8 @@ def last_words(log: str) -> str:
 
 def environment() -> dict[str, str]:
     """Ours, with as many threads as the other arms have, and what vLLM's documentation asks for on CPU: Intel's OpenMP, which
-    its environment holds. One process, as TRL's colocated mode has it, so that no time goes into messages."""
+    its environment holds, and TCMalloc, where this machine has it. One process, as TRL's colocated mode has it, so that no time
+    goes into messages."""
     env = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VLLM_", "OMP_", "MKL_"))
     }
@@ -148,4 +161,5 @@ def environment() -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
     }
     openmp = venv_dir() / "lib" / "libiomp5.so"
-    return env | {"LD_PRELOAD": str(openmp)} if openmp.exists() else env
+    found = [find_library(TCMALLOC), str(openmp) if openmp.exists() else None]
+    return env | {"LD_PRELOAD": ":".join(filter(None, found))}

@@ -4,7 +4,8 @@ JSON lines, one answer each:
 `{"load": folder, "max_num_seqs": n, "max_model_len": n, "speculation": {…} or null}` -> `{"versions": {…}}`, then any number of
 `{"forget": true}` -> `{}`: what suffix decoding has learned from earlier completions is dropped
 `{"read": folder}` -> `{}`: other weights, which the next run begins with
-`{"run": prompts as token ids, "lens": [...]}` -> `{"seconds": s, "lens": [...], "accepted": draft tokens}`.
+`{"run": prompts as token ids, "lens": [...], "eos": [...]}` -> `{"seconds": s, "lens": [...], "accepted": draft tokens}`: a
+completion ends at its length, or at one of the tokens `eos` before it.
 The clock runs around `llm.generate` alone, and around handing over weights that have been read: JSON, pipe and disk do not count.
 """
 
@@ -40,6 +41,7 @@ class Worker:
 
         options = {}
         if task["speculation"] is not None:
+            repair_sampling()
             options = {"speculative_config": task["speculation"], "per_request_spec_decode_metrics": "summary"}
         self.llm = LLM(
             model=task["load"],
@@ -71,11 +73,14 @@ class Worker:
 
         self.llm.reset_prefix_cache()  # a rollout follows a policy update, which leaves no cache valid
         prompts = [{"prompt_token_ids": ids} for ids in task["run"]]
+        # without seeds, as TRL asks: all draw from one generator, so that no two samples are alike; a generator for each request
+        # would be a loop over them at every step
         params = [
             SamplingParams(
                 temperature=1.0,
                 max_tokens=length,
                 ignore_eos=True,
+                stop_token_ids=task["eos"],
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
@@ -104,6 +109,22 @@ class Worker:
 
     def _model_runner(self):
         return self.llm.llm_engine.model_executor.driver_worker.model_runner
+
+
+def repair_sampling() -> None:
+    """At drafted places vLLM 0.32 on CPU divides logits by a temperature that it leaves uninitialized (vllm-project/vllm#55005):
+    samples are not the policy's then, and few drafts are right."""
+    from vllm.v1.sample import rejection_sampler
+
+    rejection_sampler.expand_batch_to_tokens = expand
+
+
+def expand(values, ends, num_tokens, replace_from=0, replace_to=0):
+    """[a, b, c] with ends [2, 5, 6]: [a, a, b, b, b, c]."""
+    import torch
+
+    values = torch.where(values == replace_from, replace_to, values).to(values.dtype)
+    return values.repeat_interleave(torch.diff(ends, prepend=ends.new_zeros(1)), output_size=num_tokens)
 
 
 def accepted(completion) -> int:

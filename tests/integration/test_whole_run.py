@@ -15,6 +15,7 @@ from transformers import Trainer
 from atlas_rl import AtlasRolloutGenerator
 from atlas_rl.bench import whole_run
 from atlas_rl.bench.whole_run_worker import Clock, build
+from atlas_rl.config import shipped_configs
 from atlas_rl.integrations.trl import LogHook
 
 REWARDS = """
@@ -117,6 +118,7 @@ def test_interrupted_runs_keep_what_they_have_and_take_turns(tmp_path: Path, mon
         *[(1, "atlas"), (1, "trl_generate"), (1, "closed"), (1, "closed")],
     ]
     result = json.loads(out.read_text())
+    assert result["config"] == str(shipped_configs()["quickstart"].resolve())
     assert [len(run["arms"]["atlas"]) for run in result["runs"]] == [2, 1]
     assert [row["pairs"] for row in result["summary"]["atlas"]["by_seed"]] == [2, 1]
 
@@ -133,6 +135,27 @@ def test_a_waiting_arms_clock_stands_still():
     assert clock() - start < 0.1
     with pytest.raises(SystemExit):
         clock.wait(io.StringIO(""))
+
+
+def test_a_full_disk_leaves_the_earlier_figures(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(whole_run, "ArmProcess", Arms)
+    monkeypatch.setattr(Arms, "taken", [])
+    out, calls = tmp_path / "out.json", []
+    write = Path.write_text
+
+    def full(path, text):
+        write(path, text[:9])
+        calls.append(path)
+        if len(calls) > 1:
+            raise OSError("No space left on device")
+        return write(path, text)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    words = ["--seeds", "0,2", "--max_steps", "2", "--json", str(out)]
+    assert whole_run.main(words) == 0 and len(calls) == 3
+    assert [run["seed"] for run in json.loads(out.read_text())["runs"]] == [0]
+    printed = capsys.readouterr()
+    assert "No space left" in printed.err + printed.out and list(tmp_path.iterdir()) == [out]
 
 
 @pytest.mark.parametrize(
