@@ -31,6 +31,9 @@ from typing import Any
 
 from atlas_rl.bench import ARM_NAMES, FAILED, is_arm, is_engine
 
+WIDE = 110
+"""Columns of a terminal from which on a table shows the spread."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the bench (see configs/bench.yaml)")
@@ -65,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     def keep(results: list[dict[str, Any]]) -> None:
         if len(results) == 1:
             console.print(machine_line(results[-1]["machine"]), highlight=False)
-        console.print(table(results[-1]))
+        console.print(table(results[-1], console.width))
         for line in remarks(results[-1]):
             console.print(line, highlight=False, markup=False)
         console.print()
@@ -135,14 +138,16 @@ def machine_line(machine: dict[str, Any]) -> str:
     return f"machine: {where}, {machine['threads']} threads, GOMP_SPINCOUNT {spincount}"
 
 
-def table(result: dict[str, Any]) -> Any:
-    """The medians of one workload with their spread, and each arm's speed over the first one."""
+def table(result: dict[str, Any], width: int) -> Any:
+    """The medians of one workload with their spread, if there is room for it, and each arm's speed over the first one."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    grid = Table(title=title(result["workload"]), title_justify="left")
+    grid = Table(title=title(result["workload"]), title_justify="left", box=SIMPLE_HEAD)
     measured = {name: row for name, row in result["arms"].items() if row["seconds"]}
     first = next(iter(measured), "")
-    for column in ("arm", "n", "tokens/s", "min – max", "per step", "KV MiB", f"over {first}"):
+    spread = ["min – max"] if width >= WIDE else []
+    for column in ("arm", "n", "tokens/s", *spread, "per step", "KV MiB", f"over {first}"):
         grid.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
     for name, row in measured.items():
         ratio, speeds = result["ratios"].get(f"{name}/{first}"), row["tokens_per_s"]
@@ -150,7 +155,7 @@ def table(result: dict[str, Any]) -> Any:
             name,
             str(len(speeds)),
             f"{median(speeds):.0f}",
-            f"{min(speeds):.0f} – {max(speeds):.0f}",
+            *([f"{min(speeds):.0f} – {max(speeds):.0f}"] if spread else []),
             f"{row['tokens_per_decode_step']:.2f}" if "tokens_per_decode_step" in row else "",
             f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else "",
             in_words(ratio) if ratio else "",
