@@ -243,12 +243,15 @@ class Controller:
         )
 
     def _next_trial(self, contest: Contest, num_rows: int, num_cached: int) -> Trial | None:
-        """Of the arms whose wait is over, the most promising one, if it is not hopeless."""
+        """Of the arms whose wait is over, the most promising one, if it may win.
+
+        Two drafters together cost more than either, and are tried where one of them is the best."""
         due = [
             arm
             for arm in self.arms
             if arm != contest.best
             and not self._is_out(arm)
+            and (len(arm) < 2 or bool(set(arm).intersection(contest.best)) or not self._has_alone(arm))
             and contest.waiting.setdefault(arm, Waiting()).until <= contest.step
         ]
         if not due:
@@ -256,10 +259,15 @@ class Controller:
         promises = {arm: self.predicted_rate(arm, num_rows, num_cached) for arm in due}
         arm = max(due, key=promises.__getitem__)
         of_best = self.predicted_rate(contest.best, num_rows, num_cached)
+        of_best *= PLAIN_BONUS if contest.best == PLAIN else 1.0
         if arm != PLAIN and promises[arm] < PROMISING * of_best:
             contest.waiting[arm].until = contest.step + FIRST_WAIT
             return Trial(PLAIN) if PLAIN in due else None
         return Trial(arm, promises_more=promises[arm] > of_best)
+
+    def _has_alone(self, arm: Arm) -> bool:
+        """Whether one of its drafters is an arm by itself as well."""
+        return any((name,) in self.arms for name in arm)
 
     def _judge(self, contest: Contest, trial: Trial) -> None:
         """Medians: one long step decides nothing. On a busy machine they may err all the same: an arm that by its acceptance and
