@@ -34,7 +34,11 @@ def main(checkpoint: Path) -> None:
         moments = mine.retrainer.optimizer.state_dict()["state"].values()
         sums = [float(tensor.double().sum()) for of_one in moments for tensor in of_one.values()]
         words = mine.drafter.vocabulary
-        numbers = (mine.retrainer.judged_tokens, mine.retrainer.budget.state_dict(), words.untold_V.sum() > 0)
+        numbers = (
+            mine.retrainer.judged_tokens,
+            mine.retrainer.budget.state_dict(),
+            words.counts_V.sum() > 0 and words.untold_V.sum() > 0,
+        )
         seen = ranks.meet("comparing", (described(mine.drafter.head), sums, numbers, words.ids.tolist()))
         assert all(other == seen[0] for other in seen), seen
         stats = mine.engine.stats.retrain

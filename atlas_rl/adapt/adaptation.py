@@ -47,6 +47,8 @@ class Report:
     tokens: int
     seconds: float
     """Of decoding."""
+    drafted_seconds: float
+    """Of these, in steps that a head drafted for."""
     interval: float
     """Seconds since the last update."""
     remaining: float
@@ -167,7 +169,7 @@ class Adaptation:
             stats = self.retrainer.update(
                 engine.view,
                 interval_seconds=report.interval,
-                rollout_seconds=report.seconds,
+                drafted_seconds=report.drafted_seconds,
                 remaining=report.remaining,
             )
         engine.stats.retrain = stats
@@ -202,6 +204,7 @@ class Adaptation:
             has_changed=has_changed,
             tokens=engine.traffic.tokens,
             seconds=engine.traffic.seconds,
+            drafted_seconds=engine.traffic.drafted_seconds,
             interval=time.perf_counter() - self.last_update,
             remaining=self.remaining() if self.remaining is not None else self.num_updates + 1.0,
             shown=self._shown(engine),

@@ -100,15 +100,16 @@ class Retrainer:
         view: PolicyView,
         *,
         interval_seconds: float,
-        rollout_seconds: float,
+        drafted_seconds: float,
         remaining: float,
     ) -> RetrainStats | None:
         """After a policy update, or some traffic. None if nothing was done.
 
         Args:
-            interval_seconds: since the last update. rollout_seconds: spent decoding since then. remaining: updates to come.
+            interval_seconds: since the last update. drafted_seconds: spent since then on decode steps that a head drafted for.
+            remaining: updates to come.
         """
-        num_steps = self.budget.choose(interval_seconds, remaining)
+        num_steps = self.budget.choose(interval_seconds, remaining, drafted_seconds)
         if num_steps < 1 and self.is_sound:
             with self.joint:
                 if (replay := self._take()) is not None:
@@ -119,7 +120,7 @@ class Retrainer:
         if stats is not None and stats.steps:
             gain = stats.acceptance_after / stats.acceptance_before - 1 if stats.kept else 0.0
             costs = self.step_seconds / stats.steps, stats.seconds - self.step_seconds
-            self.budget.record(stats.steps, *costs, gain, rollout_seconds, remaining)
+            self.budget.record(stats.steps, *costs, gain, drafted_seconds, remaining)
             self.budget.notice("judged", self.judged_tokens)  # the head may not be drafting at all
         return stats
 

@@ -12,6 +12,8 @@ LONGEST_PAUSE = 16
 FIRST_STEPS = 2.0
 LIKELY_STEP_SECONDS, LIKELY_FIXED_SECONDS = 0.02, 0.08
 """Of an update, before there was one."""
+BEST_SAVING = 0.5
+"""Of drafted seconds, what the best of updates might save."""
 FALL = 0.12
 """Of drafts' tokens per step, relative to the most they have been: there is something to learn again."""
 
@@ -52,8 +54,12 @@ class RetrainBudget:
             self.steps, self.owed = max(self.steps, FIRST_STEPS), max(self.owed, 1.0)
             self.return_on_cost, self.best_tokens[source] = None, tokens_per_step
 
-    def choose(self, interval_seconds: float, remaining_updates: float) -> int:
-        """Steps for an update, where updates are so far apart and so many more will come."""
+    def choose(self, interval_seconds: float, remaining_updates: float, drafted_seconds: float | None = None) -> int:
+        """Steps for an update, where updates are so far apart and so many more will come.
+
+        Args:
+            drafted_seconds: since the last one, of steps that neural drafters drafted: a better head saves no more than a part.
+        """
         if self.deterministic_steps is not None:
             return self.deterministic_steps
         if remaining_updates < 1:
@@ -61,6 +67,10 @@ class RetrainBudget:
         allowed = self.steps
         room = self.max_share * interval_seconds - (self.fixed_seconds or LIKELY_FIXED_SECONDS)
         allowed = min(allowed, max(room / (self.step_seconds or LIKELY_STEP_SECONDS), 0.25 / LONGEST_PAUSE))
+        if drafted_seconds is not None:
+            most_saved = BEST_SAVING * drafted_seconds * min(HORIZON, remaining_updates)
+            if most_saved < (self.fixed_seconds or LIKELY_FIXED_SECONDS):
+                allowed = min(allowed, 1 / LONGEST_PAUSE)
         if allowed >= 1:
             self.increment = 1.0
             return int(allowed)
@@ -79,14 +89,14 @@ class RetrainBudget:
         step_seconds: float,
         fixed_seconds: float,
         gain: float,
-        rollout_seconds: float,
+        drafted_seconds: float,
         remaining: float,
     ) -> None:
-        """An update of so many steps made drafts' tokens per step better by this relative gain, of which a rollout that takes
-        so long profits, and those after it."""
+        """An update of so many steps made drafts' tokens per step better by this relative gain, of which that much of a
+        rollout's time profits, and of those after it."""
         self.step_seconds = blend(self.step_seconds, step_seconds)
         self.fixed_seconds = blend(self.fixed_seconds or None, fixed_seconds)
-        saved = gain / (1 + gain) * rollout_seconds * min(HORIZON, remaining)
+        saved = gain / (1 + gain) * drafted_seconds * min(HORIZON, remaining)
         returned = saved / (steps * step_seconds + fixed_seconds)
         self.return_on_cost = blend(self.return_on_cost, returned)
         if self.return_on_cost > 1.5:

@@ -29,11 +29,28 @@ class DraftVocabulary:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.counts_V = np.zeros(size)
+        self.uncounted: list[list[int]] = []
+        """Completions that have yet to be counted: together, they take a tenth of the time."""
+        self._counts_V = np.zeros(size)
         self.untold_V = np.zeros(size)
         """Of these, what other ranks do not know of."""
         self.ids = np.arange(size)
         """[n] int64, sorted."""
+
+    @property
+    def counts_V(self) -> np.ndarray:
+        """Of tokens [V]."""
+        if self.uncounted:
+            tokens = np.concatenate([np.array(ids, np.int64) for ids in self.uncounted])
+            self.uncounted = []
+            counts_V = np.bincount(tokens, minlength=self.size)
+            self._counts_V += counts_V
+            self.untold_V += counts_V
+        return self._counts_V
+
+    @counts_V.setter
+    def counts_V(self, counts_V: np.ndarray) -> None:
+        self._counts_V = counts_V
 
     @property
     def coverage(self) -> float:
@@ -42,20 +59,20 @@ class DraftVocabulary:
         return float(self.counts_V[self.ids].sum() / total) if total else 1.0
 
     def count(self, completions: Iterable[list[int]]) -> None:
-        tokens = np.concatenate([np.array(ids, np.int64) for ids in completions])
-        self.counts_V += np.bincount(tokens, minlength=self.size)
-        np.add.at(self.untold_V, tokens, 1.0)
+        self.uncounted += completions
 
     def add_up(self, ranks: Ranks) -> None:
         """Count what any rank has counted since the last time; collective."""
+        counts_V = self.counts_V
         if ranks.size > 1:
             total_V = torch.from_numpy(self.untold_V.copy())
             ranks.add_up([total_V])
-            self.counts_V += total_V.numpy() - self.untold_V
+            self.counts_V = counts_V + total_V.numpy() - self.untold_V
             self.counts_V = np.floor(self.counts_V * GRID) / GRID
         self.untold_V[:] = 0
 
     def load(self, counts_V: np.ndarray, ids: np.ndarray) -> None:
+        self.uncounted = []
         self.counts_V, self.ids = counts_V.copy(), ids.copy()
         self.untold_V[:] = 0
 

@@ -43,9 +43,11 @@ class Traffic:
     tokens: int = 0
     seconds: float = 0.0
     """Of decoding."""
+    drafted_seconds: float = 0.0
+    """Of these, in steps that a neural drafter drafted for."""
 
     def clear(self) -> None:
-        self.tokens, self.seconds = 0, 0.0
+        self.tokens, self.seconds, self.drafted_seconds = 0, 0.0, 0.0
 
 
 class RolloutEngine:
@@ -222,6 +224,7 @@ class RolloutEngine:
         self.speculator.describe(stats)
         self.sleep()
         self.traffic.tokens += stats.completion_tokens
+        self.traffic.drafted_seconds += self.speculator.drafted_seconds
         self.traffic.seconds += sum(stats.seconds[name] for name in ("draft", "verify", "sample"))
         shares = self.controller.shares_of_parts()
         stats.seconds["total"] = time.perf_counter() - start

@@ -54,6 +54,8 @@ class Speculator:
         self.is_resting = False
         """Whether steps are plain, the next one too, and drafters are not told of them: that costs as much as a tenth of a small
         policy's step."""
+        self.drafted_seconds = 0.0
+        """That steps of this rollout took for which a neural drafter was asked."""
         self.behind: set[str] = set()
         """Drafters that have not been told of all that rows have emitted, because they are not asked."""
         self.listener: Listener | None = None
@@ -86,7 +88,7 @@ class Speculator:
     # ---- the life of a rollout -------------------------------------------------------------------------------------------
 
     def wake(self, sampling: SamplingParams, num_blocks: int, block_size: int) -> None:
-        self.is_resting = False
+        self.is_resting, self.drafted_seconds = False, 0.0
         self.behind.clear()
         for drafter in self.active:
             self._call(drafter, "wake", sampling, num_blocks, block_size)
@@ -251,6 +253,8 @@ class Speculator:
         what single steps emit.
         """
         if self.drafters:
+            if any(self.drafters[name].layers is not None for name in self.plan.asked):
+                self.drafted_seconds += seconds
             kept = sum(self.trust[name].factor * e for name, e in zip(self.plan.arm, self.plan.expected.tolist()))
             self.controller.record(self.plan.arm, num_rows, seconds, 1 + kept / num_rows)
 

@@ -21,7 +21,7 @@ from atlas_rl.engine.policy_view import PolicyView
 from atlas_rl.types import SamplingParams
 
 SAMPLING = SamplingParams(temperature=0.5)
-UPDATE = {"interval_seconds": 10.0, "rollout_seconds": 5.0, "remaining": 50.0}
+UPDATE = {"interval_seconds": 10.0, "drafted_seconds": 5.0, "remaining": 50.0}
 
 
 def learnable_policy():

@@ -19,7 +19,7 @@ from atlas_rl.drafters.recurrent_head import RecurrentHead
 from atlas_rl.drafters.vocab import HALF_LIFE_TOKENS, MIN_TOKENS, DraftVocabulary
 from atlas_rl.ranks import RankFailed, Ranks
 
-UPDATE = {"interval_seconds": 10.0, "rollout_seconds": 5.0, "remaining": 50.0}
+UPDATE = {"interval_seconds": 10.0, "drafted_seconds": 5.0, "remaining": 50.0}
 
 
 def make_ranks(size: int = 2, **options) -> tuple[Group, list[LearningRank]]:
@@ -70,6 +70,7 @@ def test_the_clock_of_the_first_decides_for_all():
         for rank in ranks:
             rank.rollout(i)
             rank.adaptation.last_update -= 60.0 * (rank.ranks.rank == 0)
+            rank.engine.traffic.drafted_seconds = 30.0
         assert group.run(lambda i: ranks[i].refresh()) == [None] * 2
         assert_same(ranks)
     assert ranks[0].retrainer.totals.steps == ranks[1].retrainer.totals.steps > 0

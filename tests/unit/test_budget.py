@@ -24,7 +24,7 @@ def run(
     for _ in range(num_updates):
         steps.append(budget.choose(interval, remaining_updates=50.0))
         if steps[-1]:
-            budget.record(steps[-1], step, fixed, gain, rollout_seconds=interval / 2, remaining=50.0)
+            budget.record(steps[-1], step, fixed, gain, drafted_seconds=interval / 2, remaining=50.0)
             seconds += steps[-1] * step + fixed
     return steps, seconds / (num_updates * interval)
 
@@ -65,14 +65,14 @@ def test_no_update_is_made_for_a_run_that_is_over():
     assert RetrainBudget(0.05).choose(10.0, remaining_updates=0.0) == 0
     budget = RetrainBudget(0.05)
     for _ in range(10):
-        budget.record(4, STEP, FIXED, 0.5, rollout_seconds=5.0, remaining=0.0)
+        budget.record(4, STEP, FIXED, 0.5, drafted_seconds=5.0, remaining=0.0)
     assert budget.choose(10.0, 5.0) <= 1, "a gain that nobody profits from"
 
 
 def test_deterministic_steps_look_at_no_clock():
     budget = RetrainBudget(0.05, deterministic_steps=3)
     for gain, step in ((1.0, 1e-9), (-1.0 + 1e-9, 1e9), (0.0, 1.0)):
-        budget.record(3, step, step, gain, rollout_seconds=step, remaining=1.0)
+        budget.record(3, step, step, gain, drafted_seconds=step, remaining=1.0)
         assert budget.choose(step, 0.0) == budget.choose(1.0, 50.0) == 3
 
 
@@ -84,3 +84,10 @@ def test_what_it_knows_is_saved_but_not_its_settings():
     assert vars(other) == vars(budget) | {"max_share": 0.2}
     with pytest.raises(KeyError):
         other.load_state_dict({})
+
+
+def test_where_little_is_drafted_little_is_learned():
+    """At least a sixteenth of the updates is made: drafts may come to pay."""
+    budget = RetrainBudget(0.05)
+    assert [budget.choose(10.0, 50.0, drafted_seconds=0.001) for _ in range(32)].count(1) == 2
+    assert RetrainBudget(0.05).choose(10.0, 50.0, drafted_seconds=2.0) >= 1
