@@ -65,17 +65,17 @@ class RetrainBudget:
         if remaining_updates < 1:
             return 0
         allowed = self.steps
+        cost = (self.step_seconds or LIKELY_STEP_SECONDS) + (self.fixed_seconds or LIKELY_FIXED_SECONDS)
         room = self.max_share * interval_seconds - (self.fixed_seconds or LIKELY_FIXED_SECONDS)
         allowed = min(allowed, max(room / (self.step_seconds or LIKELY_STEP_SECONDS), 0.25 / LONGEST_PAUSE))
         if drafted_seconds is not None:
             most_saved = BEST_SAVING * drafted_seconds * min(HORIZON, remaining_updates)
-            if most_saved < (self.fixed_seconds or LIKELY_FIXED_SECONDS):
+            if most_saved < 2 * cost:
                 allowed = min(allowed, 1 / LONGEST_PAUSE)
         if allowed >= 1:
             self.increment = 1.0
             return int(allowed)
         # rarely enough for an update, all of it, to stay within its share
-        cost = (self.step_seconds or LIKELY_STEP_SECONDS) + (self.fixed_seconds or LIKELY_FIXED_SECONDS)
         self.increment = min(max(allowed, 1 / LONGEST_PAUSE), self.max_share * interval_seconds / cost)
         self.owed += self.increment
         if self.owed < 1:
