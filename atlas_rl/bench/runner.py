@@ -23,11 +23,9 @@ from atlas_rl.bench.arms import (
     AtlasPlain,
     AtlasStatic,
     AtlasSuffix,
-    HFContinuousBatching,
-    HFGenerate,
-    HFPromptLookup,
     fixed_arm,
 )
+from atlas_rl.bench.hf_arms import HFContinuousBatching, HFGenerate, HFPromptLookup
 from atlas_rl.bench.judging import MAX_HALF_WIDTH, PEER_HALF_WIDTH, STEP, judge, summarize
 from atlas_rl.bench.limits import Limits
 from atlas_rl.bench.vllm_arm import VLLM, VLLMNgram, VLLMSuffix

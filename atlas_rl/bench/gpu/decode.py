@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from atlas_rl.bench.arms import HFContinuousBatching, HFGenerate
 from atlas_rl.bench.gpu.section import Section
+from atlas_rl.bench.hf_arms import HFContinuousBatching, HFGenerate
 from atlas_rl.bench.judging import summarize
 from atlas_rl.bench.workload import SAMPLING, Batch
 from atlas_rl.bench.wrong_drafters import WrongDrafter
