@@ -72,8 +72,7 @@ def command(*flags: str) -> list[str]:
 
 def environment(**variables: str) -> dict[str, str]:
     """Of the process; the tests' own settings for rich, tqdm and terminals do not count there."""
-    ours = {
-        name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "TQDM_DISABLE")
-    }
+    settings = ("NO_COLOR", "FORCE_COLOR", "TQDM_DISABLE", "COLUMNS", "LINES")
+    ours = {name: value for name, value in os.environ.items() if name not in settings}
     paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
     return ours | paths | {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"} | variables
