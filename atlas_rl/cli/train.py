@@ -87,7 +87,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     from atlas_rl.cli.trl_run import train
 
     train(arguments, atlas)
-    launched.leave(given.fields)
+    launched.leave()
     return 0
 
 

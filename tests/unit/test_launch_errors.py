@@ -240,16 +240,18 @@ def test_what_a_process_sets_without_accelerators(launched, gpus, capsys, monkey
         module.join({"use_cpu": True})
 
 
-def test_only_deepspeed_without_accelerators_leaves_in_a_hurry(launched, gpus, monkeypatch):
+def test_only_processes_without_accelerators_leave_in_a_hurry(launched, gpus, monkeypatch):
     left = []
     monkeypatch.setattr(module.os, "_exit", left.append)
-    module.leave({})
     gpus(2)
-    module.leave({"deepspeed": "ds.json"})
+    module.leave()
     assert not left
     gpus(0)
-    module.leave({"deepspeed": "ds.json"})
+    module.leave()
     assert left == [0]
+    monkeypatch.delenv("LOCAL_RANK")
+    module.leave()
+    assert left == [0], "nobody launched it"
 
 
 def test_a_run_of_one_process_sets_nothing(gpus, capsys, monkeypatch):
