@@ -57,8 +57,14 @@ class Terminal:
     def end(self) -> int:
         """The exit code."""
         self.read()
+        self.left_with_echo = self.echoes
         os.close(self.control)
         return self.process.wait(timeout=60)
+
+    @property
+    def echoes(self) -> bool:
+        """Whether it shows what is typed."""
+        return bool(termios.tcgetattr(self.control)[3] & termios.ECHO)
 
     @property
     def screen(self) -> list[str]:

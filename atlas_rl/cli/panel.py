@@ -22,12 +22,11 @@ from rich.text import Text
 
 from atlas_rl.attachment import Attachment
 from atlas_rl.cli.above import printed_above
+from atlas_rl.cli.keyboard import unechoed
 from atlas_rl.cli.progress import Display, acceptances, arm_shares, phase_of, retraining
 from atlas_rl.generator import AtlasRolloutGenerator
 
 MAX_WIDTH = 100
-ECHO = 3
-"""Columns that stay free on the right: the terminal's ^C beside the panel would otherwise wrap its last line."""
 SECONDS_PER_FRAME = 0.5
 """Calm, and cheap: rendering takes the interpreter's lock from decoding."""
 NUM_REWARDS = 24
@@ -65,7 +64,7 @@ class RunView:
         figures.add_column(overflow="fold")
         for label, text in self._figures():
             figures.add_row(label, text)
-        width = max(20, min(options.max_width - ECHO, MAX_WIDTH))
+        width = max(20, min(options.max_width, MAX_WIDTH))
         self.spinner.update(text=Text(self.rollout() or self.activity))
         yield Panel(
             Group(self._progress(), self.spinner, *([Text(), figures] if figures.row_count else [])),
@@ -181,6 +180,7 @@ class LivePanel(Display):
             redirect_stdout=False,
             redirect_stderr=False,
         )
+        self.stack.enter_context(unechoed(terminal.fileno()))
         self.stack.enter_context(printed_above(self.live, SECONDS_PER_FRAME))
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:

@@ -46,9 +46,13 @@ def test_a_panel_leaves_the_screen_clean(folder):
 def test_interrupt_takes_the_panel_down_and_prints_the_table(folder):
     terminal = Terminal(command("--reward_funcs", "talking.slow", "--max_steps", "99"), folder, environment())
     terminal.read(until="step 1 of 99")
+    assert not terminal.echoes, "a ^C within a frame would break it"
+    terminal.type("typed\n\n")
+    terminal.read(until="step 2 of 99")
     terminal.type("\x03")
     assert terminal.end() == 130
     screen = terminal.screen
+    assert terminal.left_with_echo and "typed" not in terminal.output
     assert screen.count("Rollouts of this run") == 1 and screen[-2] == "atlas-rl: interrupted"
     assert not any(has_panel(line) for line in screen), "\n".join(screen)
     assert not terminal.hides_cursor
