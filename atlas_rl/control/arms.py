@@ -5,8 +5,9 @@ from __future__ import annotations
 Arm = tuple[str, ...]
 """Names of drafters."""
 PLAIN: Arm = ()
+PLAIN_NAME = "plain"
 
 
 def arm_name(arm: Arm) -> str:
     """As logs have it."""
-    return "+".join(arm) or "plain"
+    return "+".join(arm) or PLAIN_NAME

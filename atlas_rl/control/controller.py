@@ -10,76 +10,21 @@ the same rows and the same disturbances. An arm that loses waits longer for its 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
 import numpy as np
 
 from atlas_rl.control.acceptance import MAX_DEPTH, PRIOR_TOKENS, UPDATE_DECAY, Acceptance
 from atlas_rl.control.arms import PLAIN, Arm
+from atlas_rl.control.contest import FIRST_WAIT, PLAIN_BONUS, Contest, Rest, Trial, size_of
 from atlas_rl.control.cost_model import DraftCost, FixedStepCost, StepCost
 from atlas_rl.control.parts import Parts
 
-HYSTERESIS = 1.03
-PLAIN_BONUS = 1.05
-"""What a plain step is worth beyond what it emits: rows stay together to the end, and nothing has to be tried or learned."""
-TRIAL_STEPS = 4
-"""Steps of either arm in a trial."""
-TRIAL_EVERY = 32
-"""Steps at least between trials at batches of one size."""
-FIRST_WAIT, LONGEST_WAIT = 64, 1536
-"""Steps between trials of one arm at batches of one size; doubled each time that it loses."""
-LONGEST_PLAIN_WAIT = 192
-"""Plain decoding is the floor: it is never out of sight for long."""
-PROMISING, HOPELESS = 0.95, 0.85
-"""An arm that promises less than the first share of the best one's rate gets no trial; one that promises less than the best, and
-shows less than the second share, waits longest."""
+PROMISING = 0.95
+"""An arm that promises less than this share of the best one's rate gets no trial."""
 RATE_DECAY = 0.9
 DEPTHS = (1, 2, 3, 4, 6, 8)
 """Lookaheads of arms that draft within captured steps: each is captured by itself."""
-
-
-@dataclass(slots=True)
-class Trial:
-    arm: Arm
-    promises_more: bool = False
-    """Than the best arm."""
-    rates: list[float] = field(default_factory=list)
-    rates_of_best: list[float] = field(default_factory=list)
-
-    @property
-    def is_over(self) -> bool:
-        return min(len(self.rates), len(self.rates_of_best)) >= TRIAL_STEPS
-
-
-@dataclass(slots=True)
-class Waiting:
-    """Of an arm that is not the best at batches of some size."""
-
-    until: int = 0
-    """Step of the contest at which it may be tried."""
-    next_wait: int = FIRST_WAIT
-
-
-@dataclass(slots=True)
-class Contest:
-    """Between the arms, at batches of about one size."""
-
-    best: Arm
-    rate: float | None = None
-    """Tokens per row and second of the best arm's steps, decayed."""
-    step: int = 0
-    next_trial: int = TRIAL_STEPS
-    trial: Trial | None = None
-    waiting: dict[Arm, Waiting] = field(default_factory=dict)
-    min_probs: dict[Arm, float] = field(default_factory=dict)
-    """By arm; made anew after every trial and policy update."""
-
-
-def size_of(num_rows: int) -> int:
-    """Batches of 1, 2, 3–4, 5–8, … rows are of one size."""
-    return (num_rows - 1).bit_length()
 
 
 class Controller:
@@ -122,18 +67,15 @@ class Controller:
         ):
             contest.best, contest.trial = self._most_promising(num_rows, num_cached), None
         if contest.trial is None and contest.step >= contest.next_trial:
-            contest.trial = self._next_trial(contest, num_rows, num_cached)
-            contest.next_trial = contest.step + TRIAL_EVERY
+            contest.begin(self._next_trial(contest, num_rows, num_cached))
         if contest.trial is not None and len(contest.trial.rates) <= len(contest.trial.rates_of_best):
             return contest.trial.arm
         return contest.best
 
-    def is_settled(self, num_rows: int) -> bool:
-        """After `choose`: whether plain decoding is the best at such batches, and no trial is to begin at the next step."""
-        contest = self.contests.get(size_of(num_rows))
-        if contest is None or contest.best != PLAIN or contest.trial is not None:
-            return False
-        return contest.step + 1 < contest.next_trial
+    def rest(self, num_rows: int) -> Rest | None:
+        """After `choose`: for how long plain steps go without saying, if they do."""
+        rest = Rest(size_of(num_rows), self.contests.get(size_of(num_rows)))
+        return rest if rest.lasts(num_rows) else None
 
     def predicted_rate(self, arm: Arm, num_rows: int, num_cached: int = 0) -> float:
         """Tokens per row and second, at the best lookahead."""
@@ -189,15 +131,7 @@ class Controller:
         rate = tokens_per_row / seconds
         if arm == contest.best:
             contest.rate = rate if contest.rate is None else RATE_DECAY * contest.rate + (1 - RATE_DECAY) * rate
-        trial = contest.trial
-        if trial is None:
-            return
-        if arm == trial.arm:
-            trial.rates.append(rate)
-        elif arm == contest.best:
-            trial.rates_of_best.append(rate)
-        if trial.is_over:
-            self._judge(contest, trial)
+        contest.record(arm, rate)
 
     def record_drafts(self, name: str, num_drafted: np.ndarray, num_accepted: np.ndarray) -> None:
         """Of one drafter's verified draft tokens [R], how many were right [R]."""
@@ -252,40 +186,22 @@ class Controller:
             if arm != contest.best
             and not self._is_out(arm)
             and (len(arm) < 2 or bool(set(arm).intersection(contest.best)) or not self._has_alone(arm))
-            and contest.waiting.setdefault(arm, Waiting()).until <= contest.step
+            and contest.waits(arm).until <= contest.step
         ]
         if not due:
             return None
-        promises = {arm: self.predicted_rate(arm, num_rows, num_cached) for arm in due}
-        arm = max(due, key=promises.__getitem__)
         of_best = self.predicted_rate(contest.best, num_rows, num_cached)
-        of_best *= PLAIN_BONUS if contest.best == PLAIN else 1.0
-        if arm != PLAIN and promises[arm] < PROMISING * of_best:
+        promises = {arm: self.predicted_rate(arm, num_rows, num_cached) / of_best for arm in due}
+        arm = max(due, key=lambda arm: promises[arm] * contest.waits(arm).kept)
+        needed = PLAIN_BONUS if contest.best == PLAIN else 1.0
+        if arm != PLAIN and promises[arm] < PROMISING * needed:
             contest.waiting[arm].until = contest.step + FIRST_WAIT
             return Trial(PLAIN) if PLAIN in due else None
-        return Trial(arm, promises_more=promises[arm] > of_best)
+        return Trial(arm, promises[arm])
 
     def _has_alone(self, arm: Arm) -> bool:
         """Whether one of its drafters is an arm by itself as well."""
         return any((name,) in self.arms for name in arm)
-
-    def _judge(self, contest: Contest, trial: Trial) -> None:
-        """Medians: one long step decides nothing. On a busy machine they may err all the same: an arm that by its acceptance and
-        its seconds should have won is tried again soon."""
-        ratio = median(trial.rates) / median(trial.rates_of_best)
-        if PLAIN in (trial.arm, contest.best):
-            ratio *= PLAIN_BONUS if trial.arm == PLAIN else 1 / PLAIN_BONUS
-        contest.trial = None
-        contest.min_probs.clear()
-        if ratio > HYSTERESIS:
-            contest.waiting[contest.best] = Waiting(until=contest.step + FIRST_WAIT)
-            contest.best, contest.rate = trial.arm, median(trial.rates)
-            return
-        waiting = contest.waiting[trial.arm]
-        longest = LONGEST_PLAIN_WAIT if trial.arm == PLAIN else LONGEST_WAIT
-        is_hopeless = ratio < HOPELESS and not trial.promises_more
-        waiting.until = contest.step + (longest if is_hopeless else waiting.next_wait)
-        waiting.next_wait = min(longest, 2 * waiting.next_wait)
 
     def _draft_seconds(self, name: str, depths: np.ndarray, num_rows: int, step_seconds: float) -> np.ndarray:
         if self.deterministic:

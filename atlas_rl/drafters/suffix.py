@@ -70,6 +70,8 @@ class SuffixDrafter(Drafter):
         """Of each row in the model."""
         self.num_learned: dict[int, int] = {}
         """Tokens of each row's completion that the model knows."""
+        self.prompts: dict[int, int] = {}
+        """Key of each row's prompt."""
         self.num_live: dict[int, int] = {}
         """Rows per prompt; what a prompt itself says is learned once, with its first row."""
         self.unlearned: deque[DraftRow] = deque()
@@ -85,8 +87,11 @@ class SuffixDrafter(Drafter):
         return LIBRARY.unavailable_reason
 
     def admit(self, rows: Sequence[DraftRow]) -> None:
+        keys: dict[Sequence[int], int] = {}
         for row in rows:
-            prompt = _prompt_key(row.prompt_ids)
+            if row.prompt_ids not in keys:
+                keys[row.prompt_ids] = _prompt_key(row.prompt_ids)
+            prompt = self.prompts[row.row_id] = keys[row.prompt_ids]
             learned = np.array(() if prompt in self.num_live else row.prompt_ids, np.int64)
             self.num_live[prompt] = self.num_live.get(prompt, 0) + 1
             recent = np.array([*row.prompt_ids[-CONTEXT:], *row.output_ids[-CONTEXT:]][-CONTEXT:], np.int64)
@@ -156,13 +161,19 @@ class SuffixDrafter(Drafter):
     def _drop(self, row: DraftRow) -> None:
         self.functions.suffix_release(self.model, self.slots.pop(row.row_id))
         del self.num_learned[row.row_id]
-        prompt = _prompt_key(row.prompt_ids)
+        prompt = self.prompts.pop(row.row_id)
         self.num_live[prompt] -= 1
         if not self.num_live[prompt]:
             del self.num_live[prompt]
 
     def reset(self) -> None:
-        for known in (self.slots, self.num_learned, self.num_live, self.unlearned):  # of rows that it was benched with
+        for known in (
+            self.slots,
+            self.num_learned,
+            self.prompts,
+            self.num_live,
+            self.unlearned,
+        ):  # of rows that it was benched with
             known.clear()
         self.functions.suffix_free(self.model)
         self.model = c_void_p(self.functions.suffix_new(*self.settings))

@@ -8,10 +8,13 @@ from typing import Protocol
 
 import numpy as np
 
-from atlas_rl.control.controller import PLAIN, Arm
+from atlas_rl.control.arms import PLAIN, Arm
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.sequence import Sequence
 from atlas_rl.types import SamplingParams
+
+NO_DRAFTS = np.zeros(0, np.int64)
+NO_PROMISE = np.zeros(1)
 
 
 @dataclass(slots=True)
@@ -21,9 +24,9 @@ class Plan:
     arm: Arm = PLAIN
     asked: Arm = PLAIN
     """The arm that was chosen: it leaves the plan where it has nothing to propose."""
-    sources: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    sources: np.ndarray = field(default_factory=lambda: NO_DRAFTS)
     """[R] which of the arm's drafters each row's draft is from."""
-    expected: np.ndarray = field(default_factory=lambda: np.zeros(1))
+    expected: np.ndarray = field(default_factory=lambda: NO_PROMISE)
     """Accepted tokens that the drafts promise, by drafter of the arm."""
 
 

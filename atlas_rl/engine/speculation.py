@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from atlas_rl.control.arms import PLAIN, Arm, arm_name
+from atlas_rl.control.arms import PLAIN, PLAIN_NAME, Arm, arm_name
+from atlas_rl.control.contest import Rest
 from atlas_rl.control.controller import Controller
 from atlas_rl.control.lookahead import choose_draft_lens
 from atlas_rl.control.trust import Trust
@@ -51,8 +52,8 @@ class Speculator:
         """Of the rows of the last step, in all."""
         self.uncounted: list[tuple[Arm, np.ndarray, np.ndarray, np.ndarray]] = []
         """Arm, sources, drafted and accepted tokens by row of the latest steps."""
-        self.is_resting = False
-        """Whether steps are plain, the next one too, and drafters are not told of them: that costs as much as a tenth of a small
+        self.rest: Rest | None = None
+        """While steps are plain, the next one too, and drafters are not told of them: that costs as much as a tenth of a small
         policy's step."""
         self.drafted_seconds = 0.0
         """That steps of this rollout took for which a neural drafter was asked."""
@@ -88,7 +89,7 @@ class Speculator:
     # ---- the life of a rollout -------------------------------------------------------------------------------------------
 
     def wake(self, sampling: SamplingParams, num_blocks: int, block_size: int) -> None:
-        self.is_resting, self.drafted_seconds = False, 0.0
+        self.rest, self.drafted_seconds = None, 0.0
         self.behind.clear()
         for drafter in self.active:
             self._call(drafter, "wake", sampling, num_blocks, block_size)
@@ -157,6 +158,9 @@ class Speculator:
         if not self.drafters:
             return
         sequences = scheduler.running
+        if self.rest is not None and self.rest.lasts(len(sequences)):
+            stats.arms[PLAIN_NAME] += 1
+            return
         arm = self.controller.choose(len(sequences), self.num_cached)
         if arm != PLAIN:
             self.num_cached = sum(seq.num_computed for seq in sequences)
@@ -164,13 +168,19 @@ class Speculator:
                 arm = PLAIN  # a row's last token needs no draft after it
         self.plan.arm = self.plan.asked = arm
         stats.arms[arm_name(arm)] += 1
-        self._keep_rest(arm == PLAIN and self.listener is None and self.controller.is_settled(len(sequences)))
+        may_rest = arm == PLAIN and self.listener is None
+        self._keep_rest(self.controller.rest(len(sequences)) if may_rest else None)
 
-    def _keep_rest(self, may_rest: bool) -> None:
-        if may_rest and not self.is_resting:
-            may_rest = all(self._call(drafter, "rest") for drafter in self.readers)
+    def _keep_rest(self, rest: Rest | None) -> None:
+        if rest is not None and self.rest is None:
             self.behind.update(self.drafters)
-        self.is_resting = may_rest
+            if not all(self._call(drafter, "rest") for drafter in self.readers):
+                rest = None
+        self.rest = rest
+
+    @property
+    def is_resting(self) -> bool:
+        return self.rest is not None
 
     @property
     def wants_hidden(self) -> bool:
@@ -218,7 +228,7 @@ class Speculator:
         """Report a step to the drafters and count its drafts."""
         if not self.drafters:
             return
-        if self.is_resting:
+        if self.rest is not None:
             self.num_cached = batch.num_cached
             return
         start = time.perf_counter()
@@ -252,7 +262,9 @@ class Speculator:
         What it emitted is taken from what drafts promised, as far as their drafter keeps its promises: that varies less than
         what single steps emit.
         """
-        if self.drafters:
+        if self.rest is not None and self.plan.asked == PLAIN:
+            self.rest.record()
+        elif self.drafters:
             if any(self.drafters[name].layers is not None for name in self.plan.asked):
                 self.drafted_seconds += seconds
             kept = sum(self.trust[name].factor * e for name, e in zip(self.plan.arm, self.plan.expected.tolist()))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from atlas_rl.control.acceptance import PRIOR_TOKENS, Acceptance
 from atlas_rl.control.budget import FIRST_STEPS, RetrainBudget
-from atlas_rl.control.controller import TRIAL_STEPS, Controller, Trial
+from atlas_rl.control.contest import TRIAL_STEPS, Trial
+from atlas_rl.control.controller import Controller
 from atlas_rl.control.cost_model import MAX_AGE, REFIT_EVERY, SAMPLES_KEPT, FixedStepCost, StepCost, bucket_of
 from atlas_rl.control.lookahead import MIN_GAIN, choose_draft_lens
 from atlas_rl.control.trust import Trust
