@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from atlas_rl.control.acceptance import PRIOR_TOKENS, Acceptance
 from atlas_rl.control.budget import FIRST_STEPS, RetrainBudget
-from atlas_rl.control.contest import TRIAL_STEPS, Trial
+from atlas_rl.control.contest import TRIAL_STEPS, Contest, Trial
 from atlas_rl.control.controller import Controller
 from atlas_rl.control.cost_model import MAX_AGE, REFIT_EVERY, SAMPLES_KEPT, FixedStepCost, StepCost, bucket_of
 from atlas_rl.control.lookahead import MIN_GAIN, choose_draft_lens
@@ -261,3 +261,45 @@ def test_retraining_is_taken_up_again_where_drafts_get_worse():
     for _ in range(3):
         budget.record(2, 0.02, 0.1, gain=0.1, drafted_seconds=30, remaining=50)
     assert budget.choose(60, 50) == 8 * FIRST_STEPS, "as long as it pays, twice as much the next time"
+
+
+def test_an_arm_that_keeps_half_of_its_promises_is_hardly_tried():
+    """Most rows get no draft, so that the few that are verified promise more than steps emit."""
+    controller, num_trials = Controller([("suffix",)], StepCost()), 0
+    for _ in range(3000):
+        arm = controller.choose(8)
+        num_trials += arm != ()
+        controller.step_cost.record(8, 0, 1.0)
+        if arm:
+            controller.record_drafts("suffix", np.array([4] + [0] * 7), np.array([3] + [0] * 7))
+        controller.record(arm, 8, 1.3 if arm else 1.0, 1.0)
+    assert controller.predicted_rate(("suffix",), 8) > 1.1 * controller.predicted_rate((), 8)
+    assert TRIAL_STEPS < num_trials <= 5 * TRIAL_STEPS
+
+
+def test_a_win_over_plain_decoding_is_confirmed():
+    contest = Contest(best=())
+    contest.begin(Trial(("suffix",), promised=1.5))
+    for step in range(2 * TRIAL_STEPS):
+        contest.record(("suffix",), 1.5 if step < TRIAL_STEPS else 0.6)
+        contest.record((), 1.0)
+        assert contest.best == () and (contest.trial is None) == (step + 1 == 2 * TRIAL_STEPS)
+    contest.begin(Trial(("suffix",), promised=1.5))
+    for _ in range(2 * TRIAL_STEPS):
+        contest.record(("suffix",), 1.5)
+        contest.record((), 1.0)
+    assert contest.best == ("suffix",)
+
+
+def test_rest_lasts_to_the_step_before_a_trial_may_begin():
+    _, _, controller = race({"suffix": 0.5})
+    while (rest := controller.rest(8)) is None:
+        controller.record(controller.choose(8), 8, 1.0, 1.0)
+    num_rested = 0
+    while rest.lasts(8):
+        assert not rest.lasts(4), "a size that it knows nothing of"
+        rest.record()
+        num_rested += 1
+    contest = controller.contests[3]
+    assert num_rested and contest.step == contest.next_trial - 1
+    assert Controller([("suffix",)], FixedStepCost(), deterministic=True).rest(8) is None
