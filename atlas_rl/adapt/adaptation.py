@@ -177,6 +177,8 @@ class Adaptation:
             return
         if (is_damaged or (stats.kept and stats.steps)) and not self.distill_steps_left:
             engine.speculator.reinstate(self.drafters.adaptive.name)
+        if stats is not None and stats.kept and stats.steps:
+            engine.controller.improved(self.drafters.adaptive.name, stats.acceptance_after, JUDGED_LOOKAHEAD)
         if not report.has_changed:  # or else all drafters take over the policy's new weights anyway
             engine.speculator.weights_updated(self.drafters.adaptive.name)
 
@@ -187,7 +189,7 @@ class Adaptation:
         if name in engine.controller.benched and self.drafters.starts_as_static:
             name = "static"
         shown = engine.controller.acceptance[name]
-        return 1 + float(shown.survival_K[:JUDGED_LOOKAHEAD].sum()) if shown.total_K[0] > MIN_SHOWN else None
+        return shown.tokens_per_step(JUDGED_LOOKAHEAD) if shown.total_K[0] > MIN_SHOWN else None
 
     def forget_unsaved(self) -> None:
         """Drop what a checkpoint does not hold: captured rollouts, and the counts of the suffix drafter."""

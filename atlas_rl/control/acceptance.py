@@ -44,6 +44,10 @@ class Acceptance:
         """[MAX_DEPTH] probability that a draft is right up to and with each depth."""
         return (self.right_K / self.total_K).cumprod()
 
+    def tokens_per_step(self, lookahead: int) -> float:
+        """Of a row with so many draft tokens."""
+        return 1 + float(self.survival_K[:lookahead].sum())
+
     def state_dict(self) -> dict[str, Any]:
         return {"right": self.right_K.tolist(), "total": self.total_K.tolist()}
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 Arm = tuple[str, ...]
 """Names of drafters."""
 PLAIN: Arm = ()
-PLAIN_NAME = "plain"
 
 
 def arm_name(arm: Arm) -> str:
     """As logs have it."""
-    return "+".join(arm) or PLAIN_NAME
+    return "+".join(arm) or "plain"

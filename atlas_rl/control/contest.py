@@ -49,6 +49,8 @@ class Waiting:
     until: int = 0
     """Step of the contest at which it may be tried."""
     next_wait: int = FIRST_WAIT
+    num_passes: int = 0
+    """Times that it was passed over since its last trial."""
     kept: float = 1.0
     """Share of what it promised that it showed in its last trial: acceptance is counted where there are drafts, and promises too
     much for rows that get none."""

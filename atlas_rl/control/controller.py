@@ -16,12 +16,15 @@ import numpy as np
 
 from atlas_rl.control.acceptance import MAX_DEPTH, PRIOR_TOKENS, UPDATE_DECAY, Acceptance
 from atlas_rl.control.arms import PLAIN, Arm
-from atlas_rl.control.contest import FIRST_WAIT, PLAIN_BONUS, Contest, Rest, Trial, size_of
+from atlas_rl.control.contest import FIRST_WAIT, LONGEST_WAIT, PLAIN_BONUS, Contest, Rest, Trial, Waiting, size_of
 from atlas_rl.control.cost_model import DraftCost, FixedStepCost, StepCost
 from atlas_rl.control.parts import Parts
 
 PROMISING = 0.95
-"""An arm that promises less than this share of the best one's rate gets no trial."""
+"""An arm that promises less than this share of the best one's rate (with its bonus, if that is plain decoding) is passed over."""
+MOST_PASSES = LONGEST_WAIT // FIRST_WAIT
+"""Times in a row that it is: what it promises comes from drafts that may be long ago, and only new ones can tell."""
+IMPROVED = 1.1
 RATE_DECAY = 0.9
 DEPTHS = (1, 2, 3, 4, 6, 8)
 """Lookaheads of arms that draft within captured steps: each is captured by itself."""
@@ -147,6 +150,18 @@ class Controller:
         for contest in self.contests.values():
             contest.min_probs.clear()
 
+    def improved(self, name: str, tokens_per_step: float, lookahead: int) -> None:
+        """A drafter has been retrained, and emits so many tokens per step now. If that is far more than its drafts have shown, it
+        is taken for a new one: while it is not asked they can show nothing."""
+        shown = self.acceptance[name]
+        if shown.total_K[0] <= PRIOR_TOKENS or tokens_per_step < IMPROVED * shown.tokens_per_step(lookahead):
+            return
+        self.acceptance[name] = Acceptance()
+        for contest in self.contests.values():
+            for arm in contest.waiting:
+                if name in arm:
+                    contest.waiting[arm] = Waiting(until=contest.step)
+
     # ---- after a rollout -------------------------------------------------------------------------------------------------
 
     def shares_of_parts(self) -> dict[str, float]:
@@ -193,10 +208,12 @@ class Controller:
         of_best = self.predicted_rate(contest.best, num_rows, num_cached)
         promises = {arm: self.predicted_rate(arm, num_rows, num_cached) / of_best for arm in due}
         arm = max(due, key=lambda arm: promises[arm] * contest.waits(arm).kept)
-        needed = PLAIN_BONUS if contest.best == PLAIN else 1.0
-        if arm != PLAIN and promises[arm] < PROMISING * needed:
-            contest.waiting[arm].until = contest.step + FIRST_WAIT
+        needed, waiting = PROMISING * (PLAIN_BONUS if contest.best == PLAIN else 1.0), contest.waits(arm)
+        if arm != PLAIN and promises[arm] < needed and waiting.num_passes < MOST_PASSES:
+            waiting.until = contest.step + FIRST_WAIT
+            waiting.num_passes += 1
             return Trial(PLAIN) if PLAIN in due else None
+        waiting.num_passes = 0
         return Trial(arm, promises[arm])
 
     def _has_alone(self, arm: Arm) -> bool:

@@ -108,6 +108,8 @@ class Drafter:
     uses_blocks: bool = False
     """Whether it keeps KV of its own in the rows' blocks: these then have room for a draft before `propose` is called, and
     `kv_shape(block_size)` says how much it is."""
+    can_rest: bool = False
+    """Whether it need not be told of steps until it is wanted again, and then begins without features of the rows."""
     keeps_up: bool = True
     """Whether its side within steps learns enough in those that others draft; else `rejoin` is called."""
 
@@ -151,10 +153,8 @@ class Drafter:
         `num_right[i]` tokens were right: places up to and with the row's first + num_right[i] hold what rows have emitted
         (or have ended before)."""
 
-    def rest(self) -> bool:
-        """Steps come that it is not told of, until it is needed again: then it begins without features of the rows. False: it has
-        to be told of every step."""
-        return self.layers is None
+    def rest(self) -> None:
+        """Steps come that it is not told of, if it `can_rest`."""
 
     def observe(self, rows: Sequence[DraftRow], num_drafted: np.ndarray, num_accepted: np.ndarray) -> None:
         """`output_ids` of each row has grown since the drafter was last told of it; of the `num_drafted[i]` verified draft tokens

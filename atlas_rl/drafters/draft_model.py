@@ -32,6 +32,7 @@ class DraftModelDrafter(PagedDrafter):
     layers = ()
     feeds_ahead = 1
     keeps_up = False
+    can_rest = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()

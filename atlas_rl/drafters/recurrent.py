@@ -62,6 +62,8 @@ class RecurrentDrafter(Drafter):
         vocabulary: another drafter's, who keeps it up to date; None: its own.
     """
 
+    can_rest = True
+
     def __init__(
         self, head: RecurrentHead, *, name: str = "recurrent", vocabulary: DraftVocabulary | None = None
     ) -> None:
@@ -148,9 +150,8 @@ class RecurrentDrafter(Drafter):
     def verified(self, rows: Sequence[DraftRow], batch: ForwardBatch, num_right: np.ndarray) -> None:
         self.latest = (list(rows), batch, num_right)  # the engine's own list changes as rows come and go
 
-    def rest(self) -> bool:
+    def rest(self) -> None:
         self.forget()
-        return True
 
     def observe(self, rows: Sequence[DraftRow], num_drafted: np.ndarray, num_accepted: np.ndarray) -> None:
         if self.proposed is None or self.proposed[0] != rows:

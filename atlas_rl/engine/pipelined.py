@@ -55,7 +55,7 @@ class PipelinedDecoding(Decoding):
         logger.warning("decode steps are not captured any more, decoding is slower: %s", reason)
         self.drain()  # what a step in flight has left is known to those within it alone
         self.steps.failure = reason
-        self.speculator.within = frozenset()
+        self.speculator.within, self.speculator.rest = frozenset(), None  # some now have to be told of every step
 
     def drain(self) -> None:
         if self.in_flight is not None:

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from atlas_rl.control.arms import PLAIN, Arm
+from atlas_rl.control.contest import Rest
 from atlas_rl.engine.batch import ForwardBatch
 from atlas_rl.engine.sequence import Sequence
 from atlas_rl.types import SamplingParams
@@ -28,6 +29,8 @@ class Plan:
     """[R] which of the arm's drafters each row's draft is from."""
     expected: np.ndarray = field(default_factory=lambda: NO_PROMISE)
     """Accepted tokens that the drafts promise, by drafter of the arm."""
+    rest: Rest | None = None
+    """Of which the step is one: drafters are not told of it."""
 
 
 class Listener(Protocol):

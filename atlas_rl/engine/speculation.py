@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from atlas_rl.control.arms import PLAIN, PLAIN_NAME, Arm, arm_name
+from atlas_rl.control.arms import PLAIN, Arm, arm_name
 from atlas_rl.control.contest import Rest
 from atlas_rl.control.controller import Controller
 from atlas_rl.control.lookahead import choose_draft_lens
@@ -123,7 +123,7 @@ class Speculator:
             return
         for drafter in self.active:
             self._call(drafter, "admit", sequences)
-        for drafter in () if self.is_resting else self.readers:
+        for drafter in () if self.rest is not None else self.readers:
             self._call(drafter, "started", sequences, batch, places)
 
     def release(self, sequences: list[Sequence], finished: bool) -> None:
@@ -158,34 +158,32 @@ class Speculator:
         if not self.drafters:
             return
         sequences = scheduler.running
-        if self.rest is not None and self.rest.lasts(len(sequences)):
-            stats.arms[PLAIN_NAME] += 1
-            return
+        if self.rest is None or not self.rest.lasts(len(sequences)):
+            self._choose(sequences)
+        self.plan.rest = self.rest
+        stats.arms[arm_name(self.plan.asked)] += 1
+
+    def _choose(self, sequences: list[Sequence]) -> None:
         arm = self.controller.choose(len(sequences), self.num_cached)
         if arm != PLAIN:
             self.num_cached = sum(seq.num_computed for seq in sequences)
             if all(seq.num_remaining == 1 for seq in sequences) or self.lookahead == 0:
                 arm = PLAIN  # a row's last token needs no draft after it
+            if self.rest is not None:
+                arm = PLAIN  # drafters know nothing of the rows: this step is for them to look
         self.plan.arm = self.plan.asked = arm
-        stats.arms[arm_name(arm)] += 1
-        may_rest = arm == PLAIN and self.listener is None
-        self._keep_rest(self.controller.rest(len(sequences)) if may_rest else None)
-
-    def _keep_rest(self, rest: Rest | None) -> None:
+        may_rest = arm == PLAIN and self.listener is None and all(drafter.can_rest for drafter in self.readers)
+        rest = self.controller.rest(len(sequences)) if may_rest else None
         if rest is not None and self.rest is None:
             self.behind.update(self.drafters)
-            if not all(self._call(drafter, "rest") for drafter in self.readers):
-                rest = None
+            for drafter in self.readers:
+                self._call(drafter, "rest")
         self.rest = rest
-
-    @property
-    def is_resting(self) -> bool:
-        return self.rest is not None
 
     @property
     def wants_hidden(self) -> bool:
         """Whether anyone looks at the hidden states of a step after it."""
-        return self.listener is not None or bool(self.readers)
+        return self.plan.rest is None and (self.listener is not None or bool(self.readers))
 
     def promise(self, sequences: list[Sequence]) -> int:
         """Draft tokens that the arm, which drafts within the step, shall make for each row; the plan says what they promise."""
@@ -228,7 +226,7 @@ class Speculator:
         """Report a step to the drafters and count its drafts."""
         if not self.drafters:
             return
-        if self.rest is not None:
+        if self.plan.rest is not None:
             self.num_cached = batch.num_cached
             return
         start = time.perf_counter()
@@ -262,8 +260,8 @@ class Speculator:
         What it emitted is taken from what drafts promised, as far as their drafter keeps its promises: that varies less than
         what single steps emit.
         """
-        if self.rest is not None and self.plan.asked == PLAIN:
-            self.rest.record()
+        if self.plan.rest is not None:
+            self.plan.rest.record()
         elif self.drafters:
             if any(self.drafters[name].layers is not None for name in self.plan.asked):
                 self.drafted_seconds += seconds

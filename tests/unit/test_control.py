@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from atlas_rl.control.acceptance import PRIOR_TOKENS, Acceptance
 from atlas_rl.control.budget import FIRST_STEPS, RetrainBudget
-from atlas_rl.control.contest import TRIAL_STEPS, Contest, Trial
+from atlas_rl.control.contest import LONGEST_WAIT, TRIAL_STEPS, Contest, Trial
 from atlas_rl.control.controller import Controller
 from atlas_rl.control.cost_model import MAX_AGE, REFIT_EVERY, SAMPLES_KEPT, FixedStepCost, StepCost, bucket_of
 from atlas_rl.control.lookahead import MIN_GAIN, choose_draft_lens
@@ -303,3 +303,37 @@ def test_rest_lasts_to_the_step_before_a_trial_may_begin():
     contest = controller.contests[3]
     assert num_rested and contest.step == contest.next_trial - 1
     assert Controller([("suffix",)], FixedStepCost(), deterministic=True).rest(8) is None
+
+
+def bad_then_good(num_bad: int, num_good: int, controller: Controller, retrained: bool = False) -> int:
+    """Of a drafter that is never right for some steps, and mostly right after them: how many of the latter it was asked in."""
+    num_asked = 0
+    for step in range(num_bad + num_good):
+        is_good = step >= num_bad
+        if step == num_bad and retrained:
+            controller.improved("recurrent", 3.0, 4)
+        arm = controller.choose(1)
+        controller.step_cost.record(1, 0, 1.0)
+        if arm:
+            controller.record_drafts("recurrent", np.array([4]), np.array([3 * is_good]))
+        controller.record(arm, 1, 1.3 if arm else 1.0, 4.0 if arm and is_good else 1.0)
+        num_asked += bool(arm) and is_good
+    return num_asked
+
+
+def test_a_drafter_that_was_bad_is_not_shut_out():
+    assert bad_then_good(800, 3 * LONGEST_WAIT, Controller([("recurrent",)], StepCost())) > LONGEST_WAIT
+
+
+def test_a_drafter_that_retraining_has_mended_is_tried_at_once():
+    assert bad_then_good(800, 200, Controller([("recurrent",)], StepCost())) == 0
+    assert bad_then_good(800, 200, Controller([("recurrent",)], StepCost()), retrained=True) > 120
+
+
+def test_retraining_that_brings_what_drafts_show_already_asks_for_no_trial():
+    controller = Controller([("recurrent",)], StepCost())
+    controller.improved("recurrent", 4.0, 4)
+    controller.record_drafts("recurrent", np.full(64, 4), np.full(64, 3))
+    shown = controller.acceptance["recurrent"]
+    controller.improved("recurrent", 1.05 * shown.tokens_per_step(4), 4)
+    assert controller.acceptance["recurrent"] is shown
