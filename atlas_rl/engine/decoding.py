@@ -61,7 +61,7 @@ class Decoding:
         drafts = speculator.draft(self.scheduler, stats)
 
         drafted = time.perf_counter()
-        batch, hidden_ND = self.runner.verify(sequences, drafts, tap=speculator.wants_hidden)
+        batch, hidden_ND = self.runner.verify(sequences, drafts, tap=speculator.plan.rest is None)
         verified = time.perf_counter()
         tokens, logprobs = self._sample(sequences, batch, hidden_ND)
         accepted = count_accepted(tokens, batch.input_ids, batch.query_lens)
