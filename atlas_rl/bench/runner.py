@@ -77,10 +77,10 @@ def run_bench(
         report(what, config.max_seconds - (end - time.perf_counter()))
 
     prepare("loading the policy")
-    policy = load_policy(config.model)
+    policy = load_policy(config.model, config.added_layers)
     start_weights = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     workloads = [build_workload(workload_config, config, policy, prepare) for workload_config in config.workloads]
-    header = {"machine": machine(), "versions": versions(), "policy": policy_fields(policy)}
+    header = {"machine": machine(), "versions": versions(), "policy": policy_fields(policy, config)}
     arms: dict[str, Arm] = {}
     results = []
     try:
@@ -302,5 +302,9 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def policy_fields(policy: PreTrainedModel) -> dict[str, Any]:
-    return {"architecture": type(policy).__name__, "parameters": sum(p.numel() for p in policy.parameters())}
+def policy_fields(policy: PreTrainedModel, config: BenchConfig) -> dict[str, Any]:
+    return {
+        "architecture": type(policy).__name__,
+        "parameters": sum(p.numel() for p in policy.parameters()),
+        "added_layers": config.added_layers,
+    }

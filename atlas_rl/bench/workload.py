@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from atlas_rl.bench import ARM_NAMES, is_arm
+from atlas_rl.bench.deepened import deepened, random_policy
 from atlas_rl.bench.judging import STEP
 from atlas_rl.integrations.hf_generate import token_ids
 from atlas_rl.types import RolloutRequest, SamplingParams
@@ -57,6 +58,9 @@ class BenchConfig:
 
     model: str | dict[str, Any] = "shipped"
     """`shipped`, a folder or hub id, or a transformers config (`model_type: qwen3`, …) for random weights."""
+    added_layers: int = 0
+    """Layers put behind the policy's own that change nothing (what they would add is zero): the same completions and drafters,
+    from steps that take as much longer as those of a policy so much larger."""
     workloads: list[WorkloadConfig] = field(default_factory=list)
     min_repeats: int = 6
     """Fewer cannot give a 95 % interval of a median."""
@@ -81,8 +85,10 @@ class BenchConfig:
             raise ValueError(
                 f"bench config: 1 <= min_repeats <= max_repeats must hold, got {config.min_repeats} and {config.max_repeats}"
             )
+        if config.added_layers < 0:
+            raise ValueError(f"bench config: added_layers must be at least 0, got {config.added_layers}")
         for workload in config.workloads:
-            _check_training(workload, config.model)
+            _check_training(workload, config)
             least = {"num_prompts": 1, "num_samples": 1, "prompt_tokens": 1, "new_tokens": 1, "warm": 0}
             for name, bound in least.items():
                 value = getattr(workload, name)
@@ -112,12 +118,14 @@ class BenchConfig:
         return replace(self, workloads=[workload for workload in self.workloads if workload.name in names])
 
 
-def _check_training(workload: WorkloadConfig, model: str | dict[str, Any]) -> None:
+def _check_training(workload: WorkloadConfig, bench: BenchConfig) -> None:
     if workload.training is None:
         return
     problem = None
-    if isinstance(model, dict):
+    if isinstance(bench.model, dict):
         problem = "training needs a policy with a tokenizer, as its prompts are the shipped tasks: not random weights"
+    elif bench.added_layers:
+        problem = "training moves the policy as it is: set added_layers to 0, or leave this workload out"
     elif workload.new_tokens is not None or workload.warm or workload.prompt_tokens is not None:
         problem = "with training, new_tokens has to be null, warm 0 and prompt_tokens absent: the run has its own"
     elif workload.training.get("max_steps", 0) < 1:
@@ -181,16 +189,17 @@ class Workload:
         return len(self.batches) - self.config.warm
 
 
-def load_policy(model: str | dict[str, Any]) -> PreTrainedModel:
-    """The policy in float32, in eval mode."""
+def load_policy(model: str | dict[str, Any], added_layers: int = 0) -> PreTrainedModel:
+    """The policy in float32, in eval mode; `added_layers` as in `BenchConfig`."""
     if isinstance(model, dict):
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**model)).float().eval()
-    if model == "shipped":
-        from atlas_rl.tasks import policy_path
+        policy = random_policy(AutoConfig.for_model(**model))
+    else:
+        if model == "shipped":
+            from atlas_rl.tasks import policy_path
 
-        model = policy_path()
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+            model = policy_path()
+        policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    return deepened(policy, added_layers) if added_layers else policy
 
 
 def build_workload(

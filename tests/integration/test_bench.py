@@ -15,7 +15,7 @@ import yaml
 from helpers import SHAPE, tiny_llama
 
 from atlas_rl.bench import ARM_NAMES
-from atlas_rl.bench.arms import AtlasArm, AtlasPlain
+from atlas_rl.bench.arms import AtlasArm, AtlasPlain, AtlasStatic
 from atlas_rl.bench.moving import recording
 from atlas_rl.bench.record_lengths import natural_lens
 from atlas_rl.bench.runner import ARMS, Measurement
@@ -36,6 +36,7 @@ from atlas_rl.drafters.suffix import SuffixDrafter
 from atlas_rl.tasks import policy_path
 
 MODEL = SHAPE | {"model_type": "llama", "eos_token_id": 1}
+GPT2 = {"model_type": "gpt2", "vocab_size": 97, "n_embd": 8, "n_layer": 1, "n_head": 2}
 EQUAL = {"name": "equal", "num_prompts": 2, "num_samples": 2, "prompt_tokens": 5, "new_tokens": 9}
 DRAINING = {"name": "draining", "num_prompts": 2, "num_samples": 2, "prompt_tokens": 5, "new_tokens": None, "warm": 1}
 CONFIG = {"model": MODEL, "min_repeats": 2, "max_repeats": 2, "workloads": [EQUAL, DRAINING]}
@@ -541,7 +542,54 @@ def test_another_policy_under_the_shipped_name_is_refused(monkeypatch, shipped_p
         build_workload(config.workloads[0], config, shipped_policy)
 
 
-@pytest.mark.parametrize("name", ["bench.yaml", "bench_quick.yaml", "bench_27m.yaml"])
+def test_added_layers_change_nothing_but_the_time(shipped_policy):
+    deep = load_policy("shipped", added_layers=3)
+    assert len(deep.model.layers) == len(deep.config.layer_types) == shipped_policy.config.num_hidden_layers + 3
+    assert deep.lm_head.weight is deep.model.embed_tokens.weight and deep.dtype == torch.float32 and not deep.training
+    assert deep.name_or_path == deep.config._name_or_path == policy_path()
+    assert deep.generation_config.eos_token_id == shipped_policy.generation_config.eos_token_id
+    (prompt,) = shipped_prompts(1, 50)
+    ids = torch.tensor([prompt])
+    assert torch.equal(deep(ids).logits, shipped_policy(ids).logits)
+    again = load_policy("shipped", added_layers=3).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in deep.state_dict().items())
+
+    biased = MODEL | {"attention_bias": True, "mlp_bias": True}
+    own, longer = load_policy(biased), load_policy(biased, added_layers=2)
+    assert torch.equal(longer(ids % 97).logits, own(ids % 97).logits)
+
+
+def test_a_deepened_policy_makes_the_same_completions_with_the_shipped_drafters(shipped_policy):
+    small = DRAINING | {"prompt_tokens": None, "num_samples": 1}
+    config = BenchConfig.from_dict({"added_layers": 6, "workloads": [small]})
+    deep = load_policy(config.model, config.added_layers)
+    workload = build_workload(config.workloads[0], config, deep)
+    batch, made = workload.batch(1), []
+    for kind, policy in [(AtlasPlain, shipped_policy), (AtlasPlain, deep), (AtlasStatic, deep), (AtlasArm, deep)]:
+        arm = kind(policy)
+        arm.start(workload, 1)
+        assert arm.skipped is None
+        made.append([rollout.token_ids for rollout in arm.engine.generate(batch.requests(), batch.own)])
+    assert made[0] == made[1] == made[2] == made[3]
+
+
+def test_the_json_tells_of_added_layers_and_vllm_gets_them(tmp_path, fake_vllm):
+    values = CONFIG | {"added_layers": 2, "workloads": [DRAINING]}
+    (result,) = bench(tmp_path, values, "--arms", "atlas_plain,atlas")
+    deep = load_policy(MODEL, added_layers=2)
+    num_parameters = sum(p.numel() for p in deep.parameters())
+    assert result["policy"] == {"architecture": "LlamaForCausalLM", "parameters": num_parameters, "added_layers": 2}
+    assert num_parameters > sum(p.numel() for p in load_policy(MODEL).parameters())
+    assert all(row["skipped"] is None and len(row["seconds"]) == 2 for row in result["arms"].values())
+    arm = VLLM(deep)
+    try:
+        saved = load_policy(str(Path(arm.folder.name) / "policy"))
+    finally:
+        arm.close()
+    assert all(torch.equal(saved.state_dict()[name], tensor) for name, tensor in deep.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["bench.yaml", "bench_quick.yaml", "bench_27m.yaml", "bench_deep.yaml"])
 def test_the_configs_are_valid(name):
     assert BenchConfig.from_dict(read_yaml(CONFIGS / name)).threads == 2
 
@@ -561,6 +609,9 @@ def test_the_configs_are_valid(name):
         (CONFIG | {"workloads": [MOVING]}, [], ["moving", "tokenizer"]),
         ({"workloads": [MOVING | {"new_tokens": 9}]}, [], ["moving", "new_tokens"]),
         ({"workloads": [MOVING | {"training": {}}]}, [], ["moving", "max_steps"]),
+        (CONFIG | {"added_layers": -1}, [], ["added_layers", "-1"]),
+        ({"added_layers": 1, "workloads": [MOVING]}, [], ["moving", "added_layers"]),
+        (CONFIG | {"model": GPT2, "added_layers": 1}, [], ["added_layers", "o_proj", "GPT2LMHeadModel"]),
         (CONFIG, ["--workloads", "equal,even"], ["even", "draining"]),
         (CONFIG, ["--arms", "atlas_plain,vlm"], ["vlm", "atlas_suffix"]),
         (CONFIG, ["--json", "/proc/none/x.json"], ["--json"]),
