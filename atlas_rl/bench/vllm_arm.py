@@ -161,14 +161,14 @@ def environment() -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    by_name = {Path(library).name: library for library in preloaded(os.environ)}
-    tcmalloc = find_library("tcmalloc_minimal")
-    if tcmalloc and not any(TCMALLOC in name for name in by_name):
-        by_name[tcmalloc] = tcmalloc
-    openmp = venv_dir() / "lib" / "libiomp5.so"
-    if openmp.exists():
-        by_name.setdefault(openmp.name, str(openmp))
-    return env | ({"LD_PRELOAD": ":".join(by_name.values())} if by_name else {})
+    libraries = preloaded(os.environ)
+    names = [Path(library).name for library in libraries]
+    tcmalloc, openmp = find_library("tcmalloc_minimal"), venv_dir() / "lib" / "libiomp5.so"
+    if tcmalloc and not any(TCMALLOC in name for name in names):
+        libraries.append(tcmalloc)
+    if openmp.exists() and openmp.name not in names:
+        libraries.append(str(openmp))
+    return env | ({"LD_PRELOAD": ":".join(dict.fromkeys(libraries))} if libraries else {})
 
 
 def preloaded(env: Mapping[str, str]) -> list[str]:

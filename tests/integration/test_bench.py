@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -358,10 +359,10 @@ def test_a_moving_policys_run_is_made_whole_with_each_steps_weights(tmp_path, re
     assert all(len(row["seconds"]) == 3 for row in moved["arms"].values())
     assert all(len(row["seconds"]) == 1 for row in fixed["arms"].values())
     (recording,) = recordings.iterdir()
-    made = recording.stat().st_mtime_ns
+    made = recording.stat().st_ino
 
     workload, _ = moving_workload()
-    assert recording.stat().st_mtime_ns == made, "recorded twice"
+    assert recording.stat().st_ino == made, "recorded twice"
     first, last = workload.batches[0], workload.batches[-1]
     policy = load_policy("shipped")
     start = policy.state_dict()
@@ -378,24 +379,61 @@ def test_a_moving_policys_run_is_made_whole_with_each_steps_weights(tmp_path, re
     assert made_tokens[0] != made_tokens[1], "the arm does not see the policy move"
 
 
-def test_the_last_two_recordings_are_kept_and_another_versions_is_not_taken(tmp_path, monkeypatch):
+@pytest.fixture
+def record(tmp_path, monkeypatch):
+    """Ask for the recording of a run with this seed, which takes no time; `made` are those that were made."""
     made = []
     monkeypatch.setattr("atlas_rl.bench.moving.FOLDER", tmp_path)
     monkeypatch.setattr("atlas_rl.bench.moving.record_run", lambda *_, seed, **__: made.append(seed) or {"seed": seed})
     monkeypatch.setattr("atlas_rl.tasks.reasoning_gym_reward", None, raising=False)
-
-    def seeds() -> set[int]:
-        return {torch.load(path)["seed"] for path in tmp_path.iterdir()}
-
     config = BenchConfig.from_dict({"workloads": [MOVING]}).workloads[0]
-    for i, seed in enumerate((1, 2, 2, 3)):
-        recording(replace(config, training={"seed": seed}), policy_path(), lambda _: None)
-        newest = max(tmp_path.iterdir(), key=lambda path: path.stat().st_ctime_ns)
-        os.utime(newest, (i, i))
-    assert made == [1, 2, 3] and seeds() == {2, 3}
-    monkeypatch.setattr("atlas_rl.bench.moving.__version__", "another")
-    recording(replace(config, training={"seed": 3}), policy_path(), lambda _: None)
-    assert made == [1, 2, 3, 3]
+
+    def record(seed: int):
+        return recording(replace(config, training={"seed": seed}), policy_path(), lambda _: None)
+
+    record.made = made
+    return record
+
+
+def test_the_two_recordings_used_last_are_kept_and_another_versions_is_not_taken(tmp_path, record, monkeypatch):
+    for seed in (1, 2, 1, 3):
+        record(seed)
+        time.sleep(0.01)  # file times are as coarse as the kernel's clock
+    assert record.made == [1, 2, 3] and {torch.load(path)["seed"] for path in tmp_path.iterdir()} == {1, 3}
+    for name, other in (("__version__", "another"), ("FORMAT", -1)):
+        monkeypatch.setattr(f"atlas_rl.bench.moving.{name}", other)
+        record(3)
+    assert record.made == [1, 2, 3, 3, 3]
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
+def test_a_recording_that_cannot_be_kept_is_used_all_the_same(tmp_path, record, monkeypatch, error):
+    def full(run, path):
+        Path(path).write_text("the beginning")
+        raise error
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.warns(UserWarning, match=f"not kept for the next bench: {error}"):
+        assert record(1) == {"seed": 1}
+    assert not list(tmp_path.iterdir())
+
+
+def test_recordings_are_tidied_beside_other_benches(tmp_path, record, monkeypatch):
+    """One of them is recording, another was killed long ago, a third tidies at the same time."""
+    now, killed = tmp_path / "a.123", tmp_path / "b.45"
+    for path in (now, killed):
+        path.touch()
+    os.utime(killed, (0, time.time() - 2 * 24 * 3600))
+    record(1), record(2)
+    unlink = Path.unlink
+
+    def unlink_twice(path, missing_ok=False):
+        unlink(path, missing_ok=True)
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink_twice)
+    assert record(3) == {"seed": 3} and now.exists() and not killed.exists()
+    assert len(list(tmp_path.glob("*.pt"))) == 2
 
 
 def test_drafters_live_through_a_moving_policys_run(moving_reward):
