@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 
@@ -19,7 +21,7 @@ from atlas_rl.bench import ARM_NAMES
 from atlas_rl.bench.arms import AtlasArm, AtlasPlain
 from atlas_rl.bench.moving import recording
 from atlas_rl.bench.record_lengths import natural_lens
-from atlas_rl.bench.runner import ARMS, Measurement
+from atlas_rl.bench.runner import ARMS, Measurement, revision
 from atlas_rl.bench.vllm_arm import PRELOADED, VLLM, VLLMNgram, VLLMSuffix, environment, last_words
 from atlas_rl.bench.workload import (
     RECORDING,
@@ -136,6 +138,7 @@ def bench(tmp_path, values, *arguments) -> list[dict]:
 
 
 def test_all_arms_and_the_json(tmp_path, capsys):
+    before = datetime.now(timezone.utc).replace(microsecond=0)
     results = bench(tmp_path, CONFIG)
     assert [result["workload"]["name"] for result in results] == ["equal", "draining"]
     assert results[0]["workload"]["completion_tokens"] == 36
@@ -160,11 +163,37 @@ def test_all_arms_and_the_json(tmp_path, capsys):
         assert ratio["min"] <= ratio["median"] <= ratio["max"]
         assert ratio["half_width"] is None and not ratio["decided"]
         assert result["arms"]["atlas_plain"]["tokens_per_decode_step"] == 1
-        assert {"torch", "transformers"} <= set(result["versions"])
+        assert {"torch", "transformers", "revision"} <= set(result["versions"])
+    started = [datetime.fromisoformat(result["started"]) for result in results]
+    assert before <= started[0] <= started[1] <= datetime.now(timezone.utc)
     printed = capsys.readouterr().out
     assert "machine: " in printed and "GOMP_SPINCOUNT" in printed
     assert "atlas_plain" in printed and "vllm: skipped" in printed and "undecided" in printed
     assert "its forwards take at least" in printed and "speed over hf_generate" in printed
+
+
+def test_results_name_the_revision_that_made_them(tmp_path, monkeypatch):
+    def git(*words: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(
+            ["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    git("init")
+    (tmp_path / "tracked").touch()
+    git("add", "tracked")
+    git("commit", "-m", "one")
+    git("tag", "-a", "v1", "-m", "one")
+    head = git("rev-parse", "--short", "HEAD").strip()
+    monkeypatch.setattr("atlas_rl.bench.runner.ROOT", tmp_path)
+    assert revision() == head
+    (tmp_path / "tracked").write_text("other")
+    assert revision() == f"{head}+changes"
+    monkeypatch.setattr("atlas_rl.bench.runner.ROOT", tmp_path / "installed")
+    assert revision() is None
+    monkeypatch.setattr("atlas_rl.bench.runner.ROOT", tmp_path)
+    monkeypatch.setenv("PATH", "")
+    assert revision() is None, "there is no git"
 
 
 def test_limits_and_expectations(tmp_path, capsys):
