@@ -2,6 +2,6 @@
 
 import sys
 
-from atlas_rl.cli import main
+from atlas_rl.cli import command
 
-sys.exit(main())
+sys.exit(command())

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,10 @@ from atlas_rl.bench.workload import Batch, WorkloadConfig
 
 FOLDER = Path("~/.cache/atlas_rl/recorded-runs")
 KEPT = 2
-"""Recordings: each holds the policy once per step."""
+"""Recordings, those used last: each holds the policy once per step."""
+FORMAT = 1
+"""To be raised where a recording made before would not be what is recorded now."""
+DAY = 24 * 3600
 
 
 def moving_batches(config: WorkloadConfig, policy_folder: str, report: Callable[[str], None]) -> list[Batch]:
@@ -52,24 +57,48 @@ def recording(config: WorkloadConfig, policy_folder: str, report: Callable[[str]
         "num_generations": config.num_samples,
     }
     path = FOLDER.expanduser() / f"{_key(options, policy_folder)}.pt"
-    if path.exists():
+    with suppress(FileNotFoundError):
+        os.utime(path)
         return torch.load(path, weights_only=False)
     dataset = build_dataset(seed=options.get("seed", 0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TRL's and transformers', about options of theirs
         run = record_run(policy_folder, dataset, reasoning_gym_reward, progress=_Reporting(report), **options)
+    try:
+        _save(run, path)
+        _tidy(path.parent)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's, where the disk is full
+        warnings.warn(f"the recorded run is not kept for the next bench: {error}", stacklevel=2)
+    return run
+
+
+def _save(run: RecordedRun, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
-    torch.save(run, unfinished)
-    unfinished.replace(path)
-    for older in sorted(path.parent.glob("*.pt"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
-        older.unlink()
-    return run
+    try:
+        torch.save(run, unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _tidy(folder: Path) -> None:
+    """Other benches may do so at the same time, or be about to finish a file."""
+    left_over = [path for path in folder.glob("*.[0-9]*") if _last_used(path) < time.time() - DAY]
+    for path in (*sorted(folder.glob("*.pt"), key=_last_used)[:-KEPT], *left_over):
+        path.unlink(missing_ok=True)
+
+
+def _last_used(path: Path) -> float:
+    """Zero where it has been removed."""
+    with suppress(FileNotFoundError):
+        return path.stat().st_mtime
+    return 0.0
 
 
 def _key(options: dict[str, Any], policy_folder: str) -> str:
     """Of all that the recording depends on; the time that training takes is part of it."""
-    words = [__version__, torch.get_num_threads(), options]
+    words = [__version__, FORMAT, torch.get_num_threads(), options]
     key = hashlib.sha256(json.dumps(words, sort_keys=True).encode())
     for path in sorted(Path(policy_folder).rglob("*.safetensors")):
         key.update(path.read_bytes())

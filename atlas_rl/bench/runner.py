@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -46,6 +50,8 @@ ARMS: dict[str, type[Arm]] = {
 }
 logger = logging.getLogger(__name__)
 
+ROOT = Path(__file__).parents[2]
+"""Of the checkout, where this is one."""
 PACKAGES = ("atlas-rl", "torch", "transformers", "trl", "numpy")
 BOUNDED = ("atlas_plain", "atlas")
 """Arms whose time is held against the machine's limits."""
@@ -61,7 +67,8 @@ def run_bench(
     report: Callable[[str, float], None],
     keep: Callable[[list[dict[str, Any]]], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """One JSON object per workload: machine, versions, workload, arms, ratios; and limits, bounds, expectations.
+    """One JSON object per workload: machine, versions, workload, arms, ratios; and limits, bounds, expectations, and when it
+    started.
 
     Args:
         report: told what is being done, and how many of the seconds for measuring are spent.
@@ -138,6 +145,7 @@ class Measurement:
         self.figures: dict[str, list[dict[str, Any]]] = {name: [] for name in self.arms}
         self.limits = Limits.of({name: self.arms[name] for name in self.running}, workload)
         self.interrupted = False
+        self.started = datetime.now(timezone.utc)
 
     @property
     def running(self) -> list[str]:
@@ -246,6 +254,7 @@ class Measurement:
             "limits": limits,
             "bounds": {} if self.limits is None else self.limits.bounds(),
             "expectations": expectations,
+            "started": self.started.isoformat(timespec="seconds"),
             "interrupted": self.interrupted,
         }
 
@@ -293,13 +302,23 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    found: dict[str, str | None] = {"python": platform.python_version(), "revision": revision()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
     return found
+
+
+def revision() -> str | None:
+    """Of this checkout, with "+changes" where it has some that are not committed; None outside of one, or without git."""
+    if not (ROOT / ".git").exists():  # else git would answer for a checkout that this is installed in
+        return None
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude", "*", "--dirty=+changes"]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return None
 
 
 def policy_fields(policy: PreTrainedModel, config: BenchConfig) -> dict[str, Any]:

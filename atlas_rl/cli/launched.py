@@ -6,6 +6,7 @@ told to use the CPU (that would switch DeepSpeed off); and FSDP it offers to acc
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from datetime import timedelta
@@ -71,11 +72,15 @@ def join(fields: dict[str, Any]) -> list[str]:
 
 def leave() -> None:
     """When a launched process has done everything: gloo (with DeepSpeed often, with DDP rarely) aborts an interpreter that ends,
-    with or without Atlas, and a finished run would count as failed."""
+    with or without Atlas, and a finished run would count as failed. Exit functions are not what aborts, and some finish a run
+    (wandb's)."""
     if is_launched() and not launching.num_accelerators():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        try:
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(0)
 
 
 def _uses_deepspeed(fields: dict[str, Any]) -> bool:

