@@ -65,7 +65,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     except ValueError:
         parser.error(f"--seeds takes numbers, as in 0,1,2, got {args.seeds}")
     try:
-        args.config = str(find_config(args.config).resolve())  # the arms may not find it by its name
+        args.config_file = str(find_config(args.config))
     except ValueError as error:
         parser.error(f"--config: {error}")
     if args.png and find_spec("matplotlib") is None:
@@ -77,7 +77,7 @@ def main(words: list[str] | None = None) -> int:
     args = parse(words)
     # torch is not imported yet, here or in the arms
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `atlas-rl` sets it
-    os.environ.update({str(name): str(value) for name, value in (read_yaml(args.config).get("env") or {}).items()})
+    os.environ.update({str(name): str(value) for name, value in (read_yaml(args.config_file).get("env") or {}).items()})
     if args.json:
         check_writable(Path(args.json))
     console, runs, failure = Console(), [], None
@@ -120,7 +120,7 @@ def run_seed(args: argparse.Namespace, seed: int, run: dict[str, list[Step]], pr
     arms: dict[str, ArmProcess] = {}
     try:
         for name in names:
-            arms[name] = ArmProcess(name, args.config, seed, args.max_steps)
+            arms[name] = ArmProcess(name, args.config_file, seed, args.max_steps)
         num_steps = max(arm.answer()["max_steps"] for arm in arms.values())
         progress.update(bar, total=num_steps)
         for index in range(num_steps):
@@ -247,12 +247,13 @@ def speed_table(arm: str, found: dict[str, Any], seeds: list[int]) -> Table:
 
 
 def speed_lines(overall: dict[str, Any]) -> Iterator[str]:
-    for key in ("per_step", "per_position"):
+    for key in ("per_step", "per_token", "per_position"):
         found = overall[key]
         low_high = found["of_bound"]["interval"]
         interval = f"95 %: {low_high[0]:.3f} to {low_high[1]:.3f}" if low_high else "too few steps for an interval"
+        speedup = f"{found['speedup']['median']:.2f} times as fast"
         share = f"{found['of_bound']['median']:.3f} of the bound ({interval})"
-        yield f"seconds {key.replace('_', ' ')}: {share}, at least {TARGET:g}: {found['verdict']}"
+        yield f"seconds {key.replace('_', ' ')}: {speedup}, {share}, at least {TARGET:g}: {found['verdict']}"
     yield f"all steps together: {overall['speedup_of_sums']:.2f} times as fast"
 
 

@@ -54,7 +54,7 @@ class RetrainBudget:
             self.steps, self.owed = max(self.steps, FIRST_STEPS), max(self.owed, 1.0)
             self.return_on_cost, self.best_tokens[source] = None, tokens_per_step
 
-    def choose(self, interval_seconds: float, remaining_updates: float, drafted_seconds: float | None = None) -> int:
+    def choose(self, interval_seconds: float, remaining_updates: float, drafted_seconds: float) -> int:
         """Steps for an update, where updates are so far apart and so many more will come.
 
         Args:
@@ -68,10 +68,9 @@ class RetrainBudget:
         cost = (self.step_seconds or LIKELY_STEP_SECONDS) + (self.fixed_seconds or LIKELY_FIXED_SECONDS)
         room = self.max_share * interval_seconds - (self.fixed_seconds or LIKELY_FIXED_SECONDS)
         allowed = min(allowed, max(room / (self.step_seconds or LIKELY_STEP_SECONDS), 0.25 / LONGEST_PAUSE))
-        if drafted_seconds is not None:
-            most_saved = BEST_SAVING * drafted_seconds * min(HORIZON, remaining_updates)
-            if most_saved < 2 * cost:
-                allowed = min(allowed, 1 / LONGEST_PAUSE)
+        most_saved = BEST_SAVING * drafted_seconds * min(HORIZON, remaining_updates)
+        if most_saved < 2 * cost:
+            allowed = min(allowed, 1 / LONGEST_PAUSE)
         if allowed >= 1:
             self.increment = 1.0
             return int(allowed)

@@ -67,9 +67,9 @@ class Decoder:
         self.weights = (layers, final_norm)  # the pointers are theirs
         self.layers = (_Layer * len(layers))(*map(_layer, layers))
         self.model = _Decoder(addressof(self.layers), len(layers), len(final_norm), eps, final_norm.data_ptr())
-        products = _products(layers[0])
-        qkv, out, gate_up, _ = products
-        self.workspace_size = sum(p.in_features for p in products) + qkv.out_features + gate_up.out_features
+        qkv, out, gate_up, down = _products(layers[0])
+        inputs = qkv.in_features + out.in_features + down.in_features  # gate_up's lie where qkv's lay
+        self.workspace_size = inputs + qkv.out_features + gate_up.out_features
         self.heads_size = out.in_features
 
     def __call__(

@@ -53,7 +53,7 @@ inline std::pair<int64_t, int64_t> share_of_heads(const Rows& rows, int64_t thre
 }
 
 // x: [N, D] embeddings, overwritten by the last hidden states, after the final norm. workspace: room for N times the inputs of
-// all four products and the outputs of qkv and gate_up.
+// qkv (gate_up's lie there later), out and down, and the outputs of qkv and gate_up.
 inline void decode(const Decoder& model, const Rows& rows, const Tokens& tokens, float* workspace, float* x) {
     const int64_t N = tokens.num_tokens, D = model.hidden_size;
     const Layer& any = model.layers[0];

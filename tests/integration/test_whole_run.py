@@ -15,7 +15,6 @@ from transformers import Trainer
 from atlas_rl import AtlasRolloutGenerator
 from atlas_rl.bench import whole_run
 from atlas_rl.bench.whole_run_worker import Clock, build
-from atlas_rl.config import shipped_configs
 from atlas_rl.integrations.trl import LogHook
 
 REWARDS = """
@@ -46,11 +45,15 @@ def config(tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_two_runs_side_by_side(config: Path, capsys):
     out, png = config.parent / "out.json", config.parent / "out.png"
-    words = ["--config", str(config), "--seeds", "3", "--json", str(out), "--png", str(png)]
+    words = ["--config", "run.yaml", "--seeds", "3", "--json", str(out), "--png", str(png)]
     assert whole_run.main(words) == 0
     shown = capsys.readouterr().out
     assert "bound on a step's speed-up" in shown and "within noise: undecided" in shown
     result = json.loads(out.read_text())
+    assert result["config"] == "run.yaml"
+    per_token = result["summary"]["atlas"]["overall"]["per_token"]
+    speedup, of_bound = (per_token[name]["median"] for name in ("speedup", "of_bound"))
+    assert f"seconds per token: {speedup:.2f} times as fast, {of_bound:.3f} of the bound" in shown
     assert png.stat().st_size > 0 and {"machine", "versions"} <= set(result)
     (run,) = result["runs"]
     assert run["seed"] == 3 and list(run["arms"]) == ["trl_generate", "atlas"]
@@ -118,7 +121,7 @@ def test_interrupted_runs_keep_what_they_have_and_take_turns(tmp_path: Path, mon
         *[(1, "atlas"), (1, "trl_generate"), (1, "closed"), (1, "closed")],
     ]
     result = json.loads(out.read_text())
-    assert result["config"] == str(shipped_configs()["quickstart"].resolve())
+    assert result["config"] == "quickstart"
     assert [len(run["arms"]["atlas"]) for run in result["runs"]] == [2, 1]
     assert [row["pairs"] for row in result["summary"]["atlas"]["by_seed"]] == [2, 1]
 

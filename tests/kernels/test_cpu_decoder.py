@@ -64,6 +64,22 @@ def hidden_states(view: PolicyView) -> torch.Tensor:
         return view.hidden_states(ForwardBatch.build(cache, [[5, 6, 7]], [0], [[1]]))
 
 
+def test_its_workspace_is_all_that_it_writes_to(monkeypatch):
+    workspaces, beyond, new_empty = [], 64, torch.Tensor.new_empty
+
+    def guarded(x: torch.Tensor, *size: int, **options) -> torch.Tensor:
+        if len(size) > 1 or options:
+            return new_empty(x, *size, **options)
+        workspaces.append(x.new_full((size[0] + beyond,), torch.nan))
+        return workspaces[-1]
+
+    view = PolicyView(tiny_mistral(hidden_size=80, head_dim=32, intermediate_size=200))
+    monkeypatch.setattr(torch.Tensor, "new_empty", guarded)
+    hidden_states(view)
+    (workspace,) = workspaces
+    assert workspace[:-beyond].isfinite().all() and workspace[-beyond:].isnan().all()
+
+
 @pytest.mark.parametrize("moved", [False, True])
 def test_new_weights_are_taken_over(moved: bool):
     """Written where they were, or somewhere else."""

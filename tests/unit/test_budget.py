@@ -22,7 +22,7 @@ def run(
     """Updates of a world where each one gains so much: the steps of each, and the share of time that they took."""
     steps, seconds = [], 0.0
     for _ in range(num_updates):
-        steps.append(budget.choose(interval, remaining_updates=50.0))
+        steps.append(budget.choose(interval, remaining_updates=50.0, drafted_seconds=interval / 2))
         if steps[-1]:
             budget.record(steps[-1], step, fixed, gain, drafted_seconds=interval / 2, remaining=50.0)
             seconds += steps[-1] * step + fixed
@@ -62,18 +62,18 @@ def test_what_is_gained_must_be_more_than_what_it_costs():
 
 
 def test_no_update_is_made_for_a_run_that_is_over():
-    assert RetrainBudget(0.05).choose(10.0, remaining_updates=0.0) == 0
+    assert RetrainBudget(0.05).choose(10.0, remaining_updates=0.0, drafted_seconds=5.0) == 0
     budget = RetrainBudget(0.05)
     for _ in range(10):
         budget.record(4, STEP, FIXED, 0.5, drafted_seconds=5.0, remaining=0.0)
-    assert budget.choose(10.0, 5.0) <= 1, "a gain that nobody profits from"
+    assert budget.choose(10.0, 5.0, 5.0) <= 1, "a gain that nobody profits from"
 
 
 def test_deterministic_steps_look_at_no_clock():
     budget = RetrainBudget(0.05, deterministic_steps=3)
     for gain, step in ((1.0, 1e-9), (-1.0 + 1e-9, 1e9), (0.0, 1.0)):
         budget.record(3, step, step, gain, drafted_seconds=step, remaining=1.0)
-        assert budget.choose(step, 0.0) == budget.choose(1.0, 50.0) == 3
+        assert budget.choose(step, 0.0, step) == budget.choose(1.0, 50.0, 1.0) == 3
 
 
 def test_what_it_knows_is_saved_but_not_its_settings():

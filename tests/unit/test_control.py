@@ -251,16 +251,16 @@ def test_retraining_is_taken_up_again_where_drafts_get_worse():
     budget = RetrainBudget(max_share=0.05)
     for _ in range(12):
         budget.notice("shown", 2.4)
-        steps = budget.choose(interval_seconds=60, remaining_updates=50)
+        steps = budget.choose(interval_seconds=60, remaining_updates=50, drafted_seconds=30)
         budget.record(max(1, steps), 0.02, 0.1, gain=0.0, drafted_seconds=30, remaining=50)
     budget.notice("judged", 1.3)
     budget.notice("shown", 2.2)
-    assert not budget.is_near and budget.choose(60, 50) == 0, "it brought nothing, and little has changed"
+    assert not budget.is_near and budget.choose(60, 50, 30) == 0, "it brought nothing, and little has changed"
     budget.notice("shown", 1.3)
-    assert budget.is_near and budget.choose(60, 50) == FIRST_STEPS
+    assert budget.is_near and budget.choose(60, 50, 30) == FIRST_STEPS
     for _ in range(3):
         budget.record(2, 0.02, 0.1, gain=0.1, drafted_seconds=30, remaining=50)
-    assert budget.choose(60, 50) == 8 * FIRST_STEPS, "as long as it pays, twice as much the next time"
+    assert budget.choose(60, 50, 30) == 8 * FIRST_STEPS, "as long as it pays, twice as much the next time"
 
 
 def test_an_arm_that_keeps_half_of_its_promises_is_hardly_tried():
