@@ -3,6 +3,7 @@
   atlas-rl bench --config configs/bench_quick.yaml                        # five minutes
   atlas-rl bench --config configs/bench.yaml --json bench.json            # everything
   atlas-rl bench --config configs/bench.yaml --arms hf_generate,vllm,atlas_plain,atlas --workloads "draining GRPO batch"
+  atlas-rl bench --config configs/bench_deep.yaml                         # a larger policy, where drafts pay
   atlas-rl bench --config configs/bench_27m.yaml --max_seconds 3600       # until the last ratio is decided
 
 Arms: hf_generate (transformers, TRL's default), hf_continuous_batching (transformers, its KV cache sized to the batch),
