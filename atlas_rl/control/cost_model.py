@@ -45,6 +45,9 @@ class StepCost:
         """Their seconds without the cached tokens', in the same order."""
         self.seconds_per_cached = 0.0
         self.num_recorded = 0
+        self.is_stale = False
+        """Whether the figures above are to be fitted anew before they are asked for again: while plain steps go without saying,
+        nobody asks."""
         self.last_recorded: dict[int, int] = {}
         """By bucket, the number of its latest step."""
 
@@ -53,11 +56,12 @@ class StepCost:
         self.samples.setdefault(bucket, deque(maxlen=SAMPLES_KEPT)).append((num_cached, seconds))
         self.num_recorded += 1
         self.last_recorded[bucket] = self.num_recorded
-        if self.num_recorded % REFIT_EVERY == 0 or (len(self.samples[bucket]) == MIN_SAMPLES):
-            self._fit()
+        self.is_stale |= self.num_recorded % REFIT_EVERY == 0 or len(self.samples[bucket]) == MIN_SAMPLES
 
     def seconds(self, num_tokens: int | np.ndarray, num_cached: int = 0) -> Any:
         """Estimated seconds of a step over `num_tokens` (each of them), or None before there is a believed measurement."""
+        if self.is_stale:
+            self._fit()
         if not self.counts:
             return None
         more = np.maximum(0, np.asarray(num_tokens) - self.counts[-1]) / max(self.counts[-1], FEW_TOKENS)
@@ -66,6 +70,7 @@ class StepCost:
 
     def _fit(self) -> None:
         """The price of a cached token is the common slope of the buckets: least squares about each one's own mean."""
+        self.is_stale = False
         for bucket, samples in list(self.samples.items()):
             if len(samples) < SAMPLES_KEPT and self.num_recorded - self.last_recorded[bucket] > MAX_AGE:
                 del self.samples[bucket]  # a few slow steps would keep anyone from going there again

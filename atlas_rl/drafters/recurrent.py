@@ -86,7 +86,8 @@ class RecurrentDrafter(Drafter):
         """Features [N, D], of which row i reads place places[i]; -1: it has none yet."""
         self.places = np.zeros(0, np.int64)
         self.latest: tuple[list[DraftRow], ForwardBatch, np.ndarray] | None = None
-        """What `verified` was told last; looked at when it is needed."""
+        """What `verified` was told last, and `started` since; looked at when it is needed."""
+        self.begun: list[tuple[list[DraftRow], ForwardBatch | None, np.ndarray]] = []
         self.proposed: tuple[list[DraftRow], np.ndarray] | None = None
         """Rows and cells [R, K] of the last proposal."""
 
@@ -134,7 +135,9 @@ class RecurrentDrafter(Drafter):
     # ---- rows ------------------------------------------------------------------------------------------------------------
 
     def started(self, rows: Sequence[DraftRow], batch: ForwardBatch | None, places: np.ndarray) -> None:
-        self._look()
+        self.begun.append((list(rows), batch, places))
+
+    def _start(self, rows: list[DraftRow], batch: ForwardBatch | None, places: np.ndarray) -> None:
         # features of the rows that decode already move to the front
         parts = [(self.sources, self.places)] if (self.places >= 0).any() else []
         if (places >= 0).any():
@@ -149,6 +152,7 @@ class RecurrentDrafter(Drafter):
 
     def verified(self, rows: Sequence[DraftRow], batch: ForwardBatch, num_right: np.ndarray) -> None:
         self.latest = (list(rows), batch, num_right)  # the engine's own list changes as rows come and go
+        self.begun.clear()  # these rows are among them
 
     def rest(self) -> None:
         self.forget()
@@ -222,11 +226,14 @@ class RecurrentDrafter(Drafter):
         return token_ids, cells, probs
 
     def _look(self) -> None:
-        """Take over the latest step's features."""
+        """Take over the features of the latest step, and of rows that have begun since."""
         if self.latest is not None:
             (self.rows, batch, num_right), self.latest = self.latest, None
             self.sources = self._sources_of(batch)
             self.places = np.cumsum(batch.query_lens) - batch.query_lens + num_right
+        for begun in self.begun:
+            self._start(*begun)
+        self.begun.clear()
 
     def _sources_of(self, batch: ForwardBatch) -> list[torch.Tensor]:
         return [*(batch.tapped[layer] for layer in self.layers), batch.hidden_ND]
