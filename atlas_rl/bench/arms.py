@@ -9,6 +9,7 @@ as after a policy update, and pay for drafting, retraining and calibration.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -54,6 +55,7 @@ class Arm:
 
     def timed(self, batch: Batch) -> tuple[float, list[int]]:
         """Make the batch's completions; returns the seconds it took and their lengths."""
+        gc.collect()  # what others have left is not this one's to tidy
         start = time.perf_counter()
         lens = self.run(batch)
         return time.perf_counter() - start, lens

@@ -10,6 +10,7 @@ The clock runs around `llm.generate` alone, and around handing over weights that
 """
 
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -86,6 +87,7 @@ class Worker:
             )
             for length in task["lens"]
         ]
+        gc.collect()
         start = time.perf_counter()
         self._take_weights()
         outputs = self.llm.generate(prompts, params, use_tqdm=False)

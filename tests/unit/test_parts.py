@@ -27,6 +27,17 @@ def test_a_part_decodes_as_it_would_be_chosen():
     assert parts.close(["good"], rate_of) == {}, "a rollout without a step"
 
 
+def test_plain_steps_alone_tell_nothing_new():
+    """What the rollouts before them have shown goes on; it is not worked out again."""
+    parts, asked = Parts(), []
+    for arm in [("good",), ()] * 4:
+        parts.record(arm, 4, 100, 8 if arm else 4, 0.016 if arm else 0.01, 0.01)
+    before = parts.close(["good"], rate_of)
+    parts.record((), 4, 100, 4, 0.01, 0.01)
+    assert parts.close(["good"], lambda *arguments: asked.append(arguments)) == before and not asked
+    assert parts.close(["good"], rate_of) == {}, "a rollout without a step"
+
+
 def test_own_steps_count_for_more_than_predictions():
     """The tables say twice as fast as plain; its own steps emit two tokens in 1.6 times a plain step's time. One hangs."""
     parts = Parts()
