@@ -7,6 +7,7 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import termios
@@ -23,7 +24,7 @@ class Terminal:
         self.columns = columns
         self.control, terminal = pty.openpty()
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-        # a session of its own, whose terminal this is: so that ^C reaches it
+        # a session of its own, whose terminal this is: so that ^C reaches it, also where the tests run in the background
         self.process = subprocess.Popen(
             command,
             cwd=cwd,
@@ -32,7 +33,7 @@ class Terminal:
             stdout=terminal,
             stderr=terminal,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_take_terminal,
         )
         os.close(terminal)
         self.output = ""
@@ -74,6 +75,11 @@ class Terminal:
     @property
     def hides_cursor(self) -> bool:
         return self.output.rfind("\x1b[?25l") > self.output.rfind("\x1b[?25h")
+
+
+def _take_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def screen_of(output: str, columns: int) -> list[str]:
