@@ -102,10 +102,8 @@ class Parts:
         batches, self.batches = self.batches, {}
         nothing_new = all(arm == PLAIN for arm, _ in self.fresh)
         self.fresh.clear()
-        if (
-            batches and nothing_new and self.shares.keys() == set(names)
-        ):  # it takes as long as some steps of a tiny policy
-            return dict(self.shares)
+        if batches and nothing_new and self.shares.keys() == set(names):
+            return dict(self.shares)  # to work it out takes as long as some steps of a tiny policy
 
         @cache
         def predicted_share(arm: Arm, size: int) -> float:

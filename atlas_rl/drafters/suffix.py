@@ -167,13 +167,8 @@ class SuffixDrafter(Drafter):
             del self.num_live[prompt]
 
     def reset(self) -> None:
-        for known in (
-            self.slots,
-            self.num_learned,
-            self.prompts,
-            self.num_live,
-            self.unlearned,
-        ):  # of rows that it was benched with
+        # of rows that it was benched with
+        for known in (self.slots, self.num_learned, self.prompts, self.num_live, self.unlearned):
             known.clear()
         self.functions.suffix_free(self.model)
         self.model = c_void_p(self.functions.suffix_new(*self.settings))
