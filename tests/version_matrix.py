@@ -58,10 +58,10 @@ def admitted_releases(requirement: Requirement) -> list[str]:
 def pins_of_cells() -> dict[str, list[str]]:
     """By cell, the requirements that make it what it is; pip finds the rest."""
     torch = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
-    product = [requirement for requirement in requirements("peft", "deepspeed") if requirement.specifier]
+    product = [requirement for requirement in requirements("peft", "deepspeed", "plots") if requirement.specifier]
     releases = {requirement.name: admitted_releases(requirement) for requirement in product}
     floors = [f"{name}=={versions[0]}" for name, versions in releases.items()]
-    others = [str(requirement) for requirement in requirements("peft", "deepspeed", "test")]
+    others = [str(requirement) for requirement in requirements("peft", "deepspeed", "plots", "test")]
     cells = {}
     for cell, (trl, transformers) in CELLS.items():
         pair = [f"trl=={releases['trl'][trl]}", f"transformers=={releases['transformers'][transformers]}"]

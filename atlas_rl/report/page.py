@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -51,6 +52,8 @@ def write_report(run: Run, out: Path, tell: Callable[[str], None] = lambda line:
     Raises:
         ValueError: matplotlib is not installed, or the folder cannot be written to.
     """
+    if find_spec("matplotlib") is None:
+        raise ValueError("the report's charts need matplotlib: pip install 'atlas-rl[plots]'")
     html, charts = make_page(run, tell)
     page, pictures = out / "index.html", [out / f"{chart.key}.png" for chart in charts]
     try:

@@ -284,6 +284,14 @@ def test_folders_that_cannot_be_written(tmp_path, capsys):
     assert "--out" in capsys.readouterr().err
 
 
+def test_without_a_plotting_library(tmp_path, capsys, monkeypatch):
+    write(tmp_path, whole_run(2))
+    monkeypatch.setattr("atlas_rl.report.page.find_spec", lambda name: None)
+    assert main(["report", str(tmp_path)]) != 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "need matplotlib: pip install 'atlas-rl[plots]'" in said and not (tmp_path / "report").exists()
+
+
 def test_the_sentence(tmp_path):
     rows = [row for row in whole_run(5) if row["kind"] != "log"]
     assert in_a_sentence(read_run(write(tmp_path, rows))).endswith("(an estimate).")
